@@ -1,0 +1,58 @@
+"""The dense oracle: full logits, ordinary autograd, any floating dtype up to float64.
+
+Every other backend is tested against this file in float64, and `backend="reference"` runs it.
+"""
+
+import torch
+from torch import Tensor
+
+
+def transform_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Tensor:
+    """`raw = hidden @ weight.T` -> logits: bias, then scale, then softcap `c tanh(z/c)`, then `1/temperature`."""
+    logits = raw if bias is None else raw + bias
+    logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def dense_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
+) -> Tensor:
+    """Logits `[N, V]` in float32 at least: operands are widened before the product, so nothing is rounded twice."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    raw = hidden.to(wide) @ weight.to(wide).T
+    return transform_logits(raw, None if bias is None else bias.to(wide), scale, softcap, temperature)
+
+
+def selected_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    topk_ids: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense `(label [N], topk [N, K], tail [N])`, differentiable any number of times."""
+    rows = (labels != ignore_index).nonzero()[:, 0]
+    y = labels[rows].long()
+    ids = y.new_zeros(len(rows), 0) if topk_ids is None else topk_ids[rows].long()
+    logps = dense_logits(hidden[rows], weight, bias, scale, softcap, temperature).log_softmax(-1)
+    outside = torch.ones_like(logps, dtype=torch.bool).scatter_(1, ids, False)
+    tail = logps.where(outside, -torch.inf).logsumexp(-1) if ids.shape[1] else logps.sum(-1) * 0
+    values = logps.gather(1, y[:, None])[:, 0], logps.gather(1, ids), tail
+    return tuple(v.new_zeros(len(labels), *v.shape[1:]).index_copy(0, rows, v) for v in values)  # type: ignore[return-value]
+
+
+def topk_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, scale: float, softcap: float | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense `(ids [N, k] int64, logps [N, k], tail [N], lse [N])`; ties go to the lowest id."""
+    logits = dense_logits(hidden, weight, bias, scale, softcap, temperature)
+    ids = logits.sort(-1, descending=True, stable=True).indices[:, :k]
+    lse = logits.logsumexp(-1)
+    tail = logits.scatter(1, ids, -torch.inf).logsumexp(-1) - lse
+    return ids, logits.gather(1, ids) - lse[:, None], tail, lse
