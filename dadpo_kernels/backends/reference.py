@@ -52,7 +52,7 @@ def topk_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dense `(ids [N, k] int64, logps [N, k], tail [N], lse [N])`; ties go to the lowest id."""
     logits = dense_logits(hidden, weight, bias, scale, softcap, temperature)
-    ids = logits.sort(-1, descending=True, stable=True).indices[:, :k]
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     lse = logits.logsumexp(-1)
     tail = logits.scatter(1, ids, -torch.inf).logsumexp(-1) - lse
     return ids, logits.gather(1, ids) - lse[:, None], tail, lse
