@@ -1,6 +1,29 @@
 """Fused LM-head losses for distillation: daDPO, DPO and top-k KL without ever holding `[tokens, vocabulary]` logits."""
 
+from typing import TYPE_CHECKING, Any
+
 from .selected_logps import SelectedLogps, linear_selected_logps
+from .teacher.targets import TeacherTargets
 from .topk_logps import TopkLogps, linear_topk_logps
 
-__all__ = ["SelectedLogps", "TopkLogps", "linear_selected_logps", "linear_topk_logps"]
+if TYPE_CHECKING:
+    from .trainer import DaDPOConfig, DaDPOTrainer
+
+__all__ = [
+    "DaDPOConfig",
+    "DaDPOTrainer",
+    "SelectedLogps",
+    "TeacherTargets",
+    "TopkLogps",
+    "linear_selected_logps",
+    "linear_topk_logps",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer needs transformers, which `import dadpo_kernels` must not pull in: import it on first use."""
+    if name in ("DaDPOConfig", "DaDPOTrainer"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
