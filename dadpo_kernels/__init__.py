@@ -1,7 +1,10 @@
-"""Fused LM-head losses for distillation: daDPO, DPO and top-k KL without ever holding `[tokens, vocabulary]` logits."""
+"""Fused LM-head losses for distillation: daDPO, DPO and top-k KL without holding `[tokens, vocabulary]` logits."""
 
 from typing import TYPE_CHECKING, Any
 
+from .divergence import topk_divergence
+from .linear_loss import DaDPOOutput, LinearDaDPOLoss, linear_dadpo_loss, pair_counts
+from .objective import PreferenceLoss, dadpo_loss
 from .selected_logps import SelectedLogps, linear_selected_logps
 from .teacher.targets import TeacherTargets
 from .topk_logps import TopkLogps, linear_topk_logps
@@ -11,12 +14,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DaDPOConfig",
+    "DaDPOOutput",
     "DaDPOTrainer",
+    "LinearDaDPOLoss",
+    "PreferenceLoss",
     "SelectedLogps",
     "TeacherTargets",
     "TopkLogps",
+    "dadpo_loss",
+    "linear_dadpo_loss",
     "linear_selected_logps",
     "linear_topk_logps",
+    "pair_counts",
+    "topk_divergence",
 ]
 
 

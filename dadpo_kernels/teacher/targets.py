@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ..checks import is_logp, require
 
 
 class TeacherTargets(NamedTuple):
@@ -25,3 +28,48 @@ class TeacherTargets(NamedTuple):
     topk_ids: Tensor
     topk_logps: Tensor
     topk_tail: Tensor
+
+    def answer_logps(self, valid: Tensor) -> Tensor:
+        """`[2B]`: the teacher's log-probability of each answer, the sum of `label_logps` where `valid [2B, T]`.
+
+        Raises ValueError if one of them is NaN, positive or infinite, or if the shape is not that of `valid`.
+        """
+        _check_shape("label_logps", self.label_logps, valid.shape)
+        require(
+            is_logp(self.label_logps) & (self.label_logps > -torch.inf) | ~valid,
+            self.label_logps,
+            "teacher.label_logps",
+            "a finite log-probability is needed wherever there is a label",
+        )
+        return self.label_logps.masked_fill(~valid, 0).sum(-1)
+
+    def masked(self, valid: Tensor, vocabulary: int) -> "TeacherTargets":
+        """The same top-k with log-probabilities of 0 outside `valid [2B, T]`, so that nothing there can reach a loss.
+
+        Raises ValueError if, inside, a log-probability is NaN or positive or an id is not below `vocabulary`, or if a
+        shape does not go with that of `valid`.
+        """
+        masked = ~valid[..., None]
+        _check_shape("topk_tail", self.topk_tail, valid.shape)
+        _check_shape("topk_logps", self.topk_logps, (*valid.shape, self.topk_logps.shape[-1]))
+        _check_shape("topk_ids", self.topk_ids, self.topk_logps.shape)
+        remedy = "a log-probability is needed wherever there is a label"
+        require(is_logp(self.topk_logps) | masked, self.topk_logps, "teacher.topk_logps", remedy)
+        require(is_logp(self.topk_tail) | ~valid, self.topk_tail, "teacher.topk_tail", remedy)
+        require(
+            (self.topk_ids >= 0) & (self.topk_ids < vocabulary) | masked,
+            self.topk_ids,
+            "teacher.topk_ids",
+            f"the student's head has {vocabulary} rows and every id must be one of them; if the teacher's vocabulary "
+            "is larger, capture its targets with the ids beyond the student's folded into the tail",
+        )
+        return self._replace(
+            topk_logps=self.topk_logps.masked_fill(masked, 0), topk_tail=self.topk_tail.masked_fill(~valid, 0)
+        )
+
+
+def _check_shape(name: str, given: Tensor, needed: tuple[int, ...]) -> None:
+    if given.shape != needed:
+        raise ValueError(
+            f"teacher.{name} has shape {list(given.shape)}, {list(needed)} is needed: the rows and positions of labels"
+        )
