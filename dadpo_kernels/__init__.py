@@ -10,12 +10,11 @@ from .teacher.targets import TeacherTargets
 from .topk_logps import TopkLogps, linear_topk_logps
 
 if TYPE_CHECKING:
-    from .trainer import DaDPOConfig, DaDPOTrainer
+    from .trainer import DaDPOConfig as DaDPOConfig
+    from .trainer import DaDPOTrainer as DaDPOTrainer
 
 __all__ = [
-    "DaDPOConfig",
     "DaDPOOutput",
-    "DaDPOTrainer",
     "LinearDaDPOLoss",
     "PreferenceLoss",
     "SelectedLogps",
@@ -31,7 +30,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer needs transformers, which `import dadpo_kernels` must not pull in: import it on first use."""
+    """`DaDPOConfig` and `DaDPOTrainer` on first use: they need transformers, which the package must not pull in.
+
+    For the same reason they are not in `__all__`.
+    """
     if name in ("DaDPOConfig", "DaDPOTrainer"):
         from . import trainer
 
