@@ -1,0 +1,129 @@
+// Python binding: addresses, sizes and strides in, nothing of PyTorch. Every check stands in the Python above.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "passes.h"
+
+namespace py = pybind11;
+using namespace dadpo;
+
+namespace dadpo {
+#define DADPO_DECLARE(isa) const Passes* passes_##isa();
+DADPO_FOR_EACH_ISA(DADPO_DECLARE)
+}  // namespace dadpo
+
+namespace {
+
+template <typename U>
+U* at(uintptr_t address) {
+    return reinterpret_cast<U*>(address);
+}
+
+bool supported(const std::string& isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    if (isa == "v4_bf16") return v4 && __builtin_cpu_supports("avx512bf16");
+    if (isa == "v4") return v4;
+    if (isa == "v3") return v3;
+    if (isa == "v2") return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+#endif
+    return isa == "generic";
+}
+
+struct Variant {
+    const char* name;
+    const Passes* (*get)();
+};
+constexpr Variant kVariants[] = {
+#define DADPO_LIST(isa) {#isa, passes_##isa},
+    DADPO_FOR_EACH_ISA(DADPO_LIST)};
+
+const Passes* active = nullptr;
+
+py::list available() {  // best first
+    py::list names;
+    for (const auto& v : kVariants)
+        if (supported(v.name)) names.append(v.name);
+    return names;
+}
+
+void use(const std::string& isa) {
+    for (const auto& v : kVariants)
+        if (isa == v.name && supported(isa)) {
+            active = v.get();
+            return;
+        }
+    throw py::value_error("instruction set '" + isa + "' is not in this build or not in this processor; available: " +
+                          py::str(available()).cast<std::string>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "Row passes and matrix products of the CPU backend. Takes addresses; use dadpo_kernels.backends.cpu.";
+
+    py::class_<Tile>(m, "Tile").def(
+        py::init([](uintptr_t hidden, long rows, long width, long hidden_stride, uintptr_t weight, long weight_stride,
+                    uintptr_t bias, long first, long columns, uintptr_t ids, uintptr_t in_topk, long entries, float scale,
+                    float softcap, float inv_temperature, bool bf16, int threads) {
+            return Tile{at<void>(hidden), rows, width, hidden_stride, at<void>(weight), weight_stride, at<float>(bias),
+                        first, columns, at<int32_t>(ids), at<uint8_t>(in_topk), entries, scale, softcap,
+                        inv_temperature, bf16, threads};
+        }),
+        py::kw_only(), py::arg("hidden"), py::arg("rows"), py::arg("width"), py::arg("hidden_stride"), py::arg("weight"),
+        py::arg("weight_stride"), py::arg("bias"), py::arg("first"), py::arg("columns"), py::arg("ids"),
+        py::arg("in_topk"), py::arg("entries"), py::arg("scale"), py::arg("softcap"), py::arg("inv_temperature"),
+        py::arg("bf16"), py::arg("threads"));
+
+    m.attr("GROUP") = kGroup;
+    m.def("available", &available);
+    m.def("use", &use);
+    m.def("active", [] { return active->name; });
+    m.def("panel", [] { return active->panel; });
+    m.def("workspace_bytes", [](const Tile& t, bool logits, bool grad_hidden, bool grad_weight) {
+        return active->workspace_bytes(t, logits, grad_hidden, grad_weight);
+    });
+    m.def("pack_hidden", [](const Tile& t, uintptr_t out) { active->pack_hidden(t, at<uint32_t>(out)); },
+          py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "statistics",
+        [](const Tile& t, uintptr_t max, uintptr_t sum, uintptr_t selected, uintptr_t exps, uintptr_t bases,
+           uintptr_t workspace) {
+            active->statistics(t, {at<float>(max), at<double>(sum), at<float>(selected)},
+                               {at<void>(exps), at<float>(bases)}, at<char>(workspace));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "gradient",
+        [](const Tile& t, uintptr_t coefficient, uintptr_t lse_tail, uintptr_t values, uintptr_t hidden,
+           uintptr_t weight, long weight_stride, uintptr_t bias, uintptr_t exps, uintptr_t bases,
+           uintptr_t packed_hidden, uintptr_t workspace) {
+            active->gradient(t,
+                             {at<float>(coefficient), at<float>(lse_tail), at<float>(values), at<float>(hidden),
+                              at<void>(weight), weight_stride, at<float>(bias)},
+                             {at<void>(exps), at<float>(bases)}, at<uint32_t>(packed_hidden), at<char>(workspace));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "topk",
+        [](const Tile& t, uintptr_t max, uintptr_t sum, uintptr_t selected, uintptr_t values, uintptr_t ids,
+           uintptr_t counts, long k, long capacity, uintptr_t workspace) {
+            active->topk(t, {nullptr, nullptr, at<float>(selected)},
+                         {at<float>(max), at<double>(sum), at<float>(values), at<int32_t>(ids), at<int32_t>(counts), k,
+                          capacity},
+                         at<char>(workspace));
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    const py::list names = available();
+    if (names.empty()) throw py::import_error("this processor supports none of the instruction sets of this build");
+    use(names[0].cast<std::string>());
+}

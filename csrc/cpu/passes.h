@@ -1,0 +1,68 @@
+// The CPU backend's three passes over one tile of the vocabulary: what Python calls, for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace dadpo {
+
+// Columns of a tile are handled in groups of this many: a group's logits stay in the L2 cache, and a retained row keeps
+// one base per group.
+constexpr long kGroup = 256;
+
+// What every pass needs to know. Matrices are row-major with unit column stride; `bf16` tells their type, else float32.
+struct Tile {
+    const void* hidden;  // [rows, width]
+    long rows, width, hidden_stride;
+    const void* weight;  // [columns, width], the tile's first row
+    long weight_stride;
+    const float* bias;  // [columns] or null
+    long first, columns;  // the tile is [first, first + columns) of the vocabulary
+    const int32_t* ids;  // [rows, entries], ascending along a row: the label and the top-k ids
+    const uint8_t* in_topk;  // [rows, entries]
+    long entries;
+    float scale, softcap, inv_temperature;  // softcap 0: none
+    bool bf16;
+    int threads;
+};
+
+struct Retained {
+    void* exps;  // [rows, columns rounded up to kGroup], the type of the operands; null: do not retain
+    float* bases;  // [rows, groups]
+};
+
+struct Statistics {
+    float* max;  // [rows] the running state of the columns outside the row's top-k ids
+    double* sum;  // [rows]
+    float* selected;  // [rows, entries] logits of the ids that lie in this tile
+};
+
+struct Gradient {
+    const float* coefficient;  // [rows] c: dz_j = c exp(z_j - lse_tail) outside the entries
+    const float* lse_tail;  // [rows]
+    const float* values;  // [rows, entries] dz at the ids; duplicates hold the same value
+    float* hidden;  // [rows, padded width] accumulated, or null
+    void* weight;  // [columns, width] written, the type of the operands, or null
+    long weight_stride;
+    float* bias;  // [columns] written, or null
+};
+
+struct Candidates {
+    float* max;  // [rows] state of all columns
+    double* sum;  // [rows]
+    float* values;  // [rows, capacity] candidates so far
+    int32_t* ids;  // [rows, capacity]
+    int32_t* counts;  // [rows]
+    long k, capacity;
+};
+
+struct Passes {
+    const char* name;
+    long panel;  // columns are padded to a multiple of this in `Gradient::hidden` and in the packed hidden states
+    long (*workspace_bytes)(const Tile&, bool logits, bool grad_hidden, bool grad_weight);
+    void (*pack_hidden)(const Tile&, uint32_t* out);  // B of dz^T hidden: once a pass, used by every tile
+    void (*statistics)(const Tile&, const Statistics&, const Retained&, char* workspace);
+    void (*gradient)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);
+    void (*topk)(const Tile&, const Statistics&, const Candidates&, char* workspace);
+};
+
+}  // namespace dadpo

@@ -1,0 +1,177 @@
+// The row passes over a group of logits that a product has just left in the cache.
+#pragma once
+
+#include "../common/online_softmax.h"
+#include "gemm.h"
+#include "passes.h"
+
+namespace dadpo {
+namespace {
+
+constexpr long kGroupVectors = kGroup / kLanes;
+
+// The entries of one row that lie in columns [begin, end): ids ascend, so they are a range.
+struct Hits {
+    long begin, end;
+};
+inline Hits find(const Tile& t, long row, long begin, long end) {
+    const int32_t* ids = t.ids + row * t.entries;
+    const int32_t* lo = std::lower_bound(ids, ids + t.entries, static_cast<int32_t>(begin));
+    const int32_t* hi = std::lower_bound(lo, ids + t.entries, static_cast<int32_t>(end));
+    return {lo - ids, hi - ids};
+}
+
+// z [kGroup]: product -> logits; columns past `valid` become -inf. With a softcap, `slope` gets 1 - tanh^2.
+inline void finish_logits(const Tile& t, long column, long valid, float* z, float* slope) {
+    for (long j = valid; j < kGroup; j++) z[j] = -INFINITY;
+    if (t.bias)
+        for (long j = 0; j < valid; j++) z[j] += t.bias[column - t.first + j];
+    if (t.softcap > 0) {
+        const float in = t.scale / t.softcap, out = t.softcap * t.inv_temperature;
+        for (long v = 0; v < kGroupVectors; v++) {
+            const vf y = vtanh(load<vf>(z + v * kLanes) * in);
+            store(z + v * kLanes, y * out);
+            store(slope + v * kLanes, 1.0f - y * y);
+        }
+        for (long j = valid; j < kGroup; j++) z[j] = -INFINITY;
+    } else if (t.scale * t.inv_temperature != 1.0f) {
+        const float factor = t.scale * t.inv_temperature;
+        for (long v = 0; v < kGroupVectors; v++) store(z + v * kLanes, load<vf>(z + v * kLanes) * factor);
+        for (long j = valid; j < kGroup; j++) z[j] = -INFINITY;  // a negative scale turns -inf over
+    }
+}
+
+inline float group_max(const float* z) {
+    vf m0 = load<vf>(z), m1 = load<vf>(z + kLanes);
+    for (long v = 2; v < kGroupVectors; v += 2) {
+        m0 = vmax(m0, load<vf>(z + v * kLanes));
+        m1 = vmax(m1, load<vf>(z + (v + 1) * kLanes));
+    }
+    return horizontal_max(vmax(m0, m1));
+}
+
+inline float group_sum(const float* z, float base) {
+    vf s0{}, s1{};
+    for (long v = 0; v < kGroupVectors; v += 2) {
+        s0 += vexp(load<vf>(z + v * kLanes) - base);
+        s1 += vexp(load<vf>(z + (v + 1) * kLanes) - base);
+    }
+    return horizontal_sum(s0 + s1);
+}
+
+inline void absorb(float* max, double* sum, float block_max, float block_sum) {
+    OnlineSoftmax<double> state{*max, *sum};
+    state.absorb(block_max, block_sum);
+    *max = state.max;
+    *sum = state.sum;
+}
+
+// Gathers the row's entries, takes the top-k ones out, and adds the rest to the row's state. With `exps`, also keeps
+// exp(z - base) * slope there, base being the group's own maximum: no value overflows and the largest is exact.
+template <typename T>
+inline void statistics_row(const Tile& t, const Statistics& s, long row, long column, float* z, const float* slope,
+                           T* exps, float* base) {
+    const Hits hits = find(t, row, column, column + kGroup);
+    for (long e = hits.begin; e < hits.end; e++) {
+        const long at = row * t.entries + e;
+        s.selected[at] = z[t.ids[at] - column];
+    }
+    for (long e = hits.begin; e < hits.end; e++) {
+        const long at = row * t.entries + e;
+        if (t.in_topk[at]) z[t.ids[at] - column] = -INFINITY;
+    }
+    const float max = group_max(z);
+    const float merged = reference(vmax(splat(max), splat(s.max[row]))[0]);
+    if (!exps) return absorb(s.max + row, s.sum + row, max, group_sum(z, merged));
+
+    *base = reference(max);
+    vf sum{};
+    for (long v = 0; v < kGroupVectors; v++) {
+        const vf e = vexp(load<vf>(z + v * kLanes) - *base);
+        sum += e;
+        store_as(exps + v * kLanes, t.softcap > 0 ? e * load<vf>(slope + v * kLanes) : e);
+    }
+    absorb(s.max + row, s.sum + row, max, horizontal_sum(sum) * expf(*base - merged));
+}
+
+// Overwrites the entries of a group of dz with their exact values.
+template <typename T>
+inline void overwrite_entries(const Tile& t, const Gradient& g, long row, long column, T* dz) {
+    const Hits hits = find(t, row, column, column + kGroup);
+    for (long e = hits.begin; e < hits.end; e++) {
+        const long at = row * t.entries + e;
+        alignas(64) T rounded[kLanes];
+        store_as(rounded, splat(g.values[at]));
+        dz[t.ids[at] - column] = rounded[0];
+    }
+}
+
+// dz = c exp(z - lse_tail) * slope; a row without a tail has lse_tail = -inf and c = 0.
+template <typename T>
+inline void gradient_row(const Tile& t, const Gradient& g, long row, long column, const float* z, const float* slope,
+                         T* dz) {
+    const float c = g.coefficient[row], lse = reference(g.lse_tail[row]);
+    for (long v = 0; v < kGroupVectors; v++) {
+        vf d = vexp(load<vf>(z + v * kLanes) - lse) * c;
+        if (t.softcap > 0) d *= load<vf>(slope + v * kLanes);
+        store_as(dz + v * kLanes, d);
+    }
+    overwrite_entries(t, g, row, column, dz);
+}
+
+template <typename T>
+inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, long column, const T* exps, float base,
+                                  T* dz) {
+    const float factor = g.coefficient[row] * expf(base - reference(g.lse_tail[row]));
+    for (long v = 0; v < kGroupVectors; v++) store_as(dz + v * kLanes, load_as(exps + v * kLanes) * factor);
+    overwrite_entries(t, g, row, column, dz);
+}
+
+// Candidates for the row's top k: values above the k-th best so far, kept unsorted and cut back to k when full.
+// Columns come in ascending order and the comparison is strict, so among equals the lowest id stays.
+struct Best {
+    float* values;
+    int32_t* ids;
+    int32_t& count;
+    long k, capacity;
+
+    void cut() {
+        if (count <= k) return;
+        int32_t order[4096];
+        for (int i = 0; i < count; i++) order[i] = i;
+        std::nth_element(order, order + k, order + count, [&](int a, int b) {
+            return values[a] > values[b] || (values[a] == values[b] && ids[a] < ids[b]);
+        });
+        std::sort(order, order + k);  // ascending positions: moving down never overwrites what is still to move
+        for (long i = 0; i < k; i++) {
+            values[i] = values[order[i]];
+            ids[i] = ids[order[i]];
+        }
+        count = static_cast<int32_t>(k);
+    }
+    float threshold() const {
+        return count < k ? -INFINITY : *std::min_element(values, values + k);
+    }
+};
+
+inline void topk_row(const Candidates& c, long row, long column, long valid, const float* z) {
+    const float max = group_max(z);
+    const float merged = reference(vmax(splat(max), splat(c.max[row]))[0]);
+    absorb(c.max + row, c.sum + row, max, group_sum(z, merged));
+    Best best{c.values + row * c.capacity, c.ids + row * c.capacity, c.counts[row], c.k, c.capacity};
+    float threshold = best.threshold();
+    if (best.count >= best.k && !(max > threshold)) return;
+    for (long j = 0; j < valid; j++) {
+        if (best.count >= best.k && !(z[j] > threshold)) continue;
+        best.values[best.count] = z[j];
+        best.ids[best.count++] = static_cast<int32_t>(column + j);
+        if (best.count == best.capacity) {
+            best.cut();
+            threshold = best.threshold();
+        }
+    }
+    best.cut();
+}
+
+}  // namespace
+}  // namespace dadpo

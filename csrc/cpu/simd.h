@@ -1,0 +1,104 @@
+// Vectors of float for whatever instruction set this file is compiled for, through GCC/Clang vector extensions:
+// one source for SSE, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace dadpo {
+namespace {  // every instruction set compiles its own copy: internal linkage keeps the linker from merging them
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRowVectors = 4;  // 6 x 4 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRowVectors = 2;  // 6 x 2 of 16
+#else
+constexpr int kLanes = 4, kRowVectors = 2;
+#endif
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+
+template <typename V>
+inline V load(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+template <typename V>
+inline void store(void* p, V v) {
+    memcpy(p, &v, sizeof v);
+}
+inline vf splat(float x) { return x - vf{}; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+inline float horizontal_max(vf v) {
+    float r = v[0];
+    for (int i = 1; i < kLanes; i++) r = v[i] > r ? v[i] : r;
+    return r;
+}
+inline float horizontal_sum(vf v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (int width = kLanes / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+// exp(x) to 1 ulp or so for x <= 88, exactly 0 below -87.3 and for -inf, NaN for NaN. Cody-Waite reduction and the
+// Cephes expf polynomial.
+inline vf vexp(vf x) {
+    const vf clamped = x > 88.0f ? splat(88.0f) : x;
+    const vf shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer sits in the low bits
+    const vf n = shifted - 12582912.0f;
+    const vf r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
+    return x < -87.3f ? vf{} : scaled;
+}
+inline vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(x * 2.0f) + 1.0f); }
+
+// Rounds to nearest even, keeping NaN a NaN; the bfloat16 is the low half of each lane.
+inline vu bf16_bits(vf x) {
+    const vu bits = (vu)x;
+    const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (vu)(x == x ? (vi)rounded : (vi)((bits >> 16) | 0x40u));
+}
+inline void store_bf16(uint16_t* p, vf x) {
+#if defined(__AVX512BF16__)
+    store(p, _mm512_cvtneps_pbh((__m512)x));
+#else
+    const vu bits = bf16_bits(x);
+    for (int i = 0; i < kLanes; i++) p[i] = static_cast<uint16_t>(bits[i]);
+#endif
+}
+inline vf load_bf16(const uint16_t* p) {
+    vu bits;
+    for (int i = 0; i < kLanes; i++) bits[i] = static_cast<uint32_t>(p[i]) << 16;
+    return (vf)bits;
+}
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+inline void store_as(float* p, vf x) { store(p, x); }
+inline void store_as(uint16_t* p, vf x) { store_bf16(p, x); }
+inline vf load_as(const float* p) { return load<vf>(p); }
+inline vf load_as(const uint16_t* p) { return load_bf16(p); }
+
+}  // namespace
+}  // namespace dadpo
