@@ -1,0 +1,156 @@
+"""A transformers causal LM as the losses see it: its hidden states and the head that would turn them into logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# What the families do to `hidden @ weight.T` before the softmax, by the names in their configurations.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+_DIVISOR = "logits_scaling"  # Granite, MiniCPM3
+_DIVISOR_MULTIPLIES = ("hyperclovax",)  # the one family that multiplies by its `logits_scaling`
+
+
+class LMHead(NamedTuple):
+    """`logits = softcap(logit_scale * (hidden @ weight.T + bias))`, `softcap(z) = c tanh(z/c)` or nothing.
+
+    Attributes:
+        weight: `[V, H]`, the parameter itself, so that gradients reach it (tied with the embedding or not).
+        bias: `[V]`, or None.
+        logit_scale: factor of the logits.
+        softcap: `c`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """The head of a causal LM of transformers, ready for `linear_selected_logps` and `linear_topk_logps`.
+
+    Wrappers of PEFT, `torch.compile` and data parallelism are looked through. The scale and the softcap are read from
+    the configuration; `check_lm_head` compares the result with the model's own logits.
+
+    Raises:
+        TypeError: `model` has no head.
+        ValueError: the head is not one product with one weight matrix: LoRA on it, quantised, offloaded, a module of
+            its own; or the model is an encoder-decoder.
+    """
+    model = unwrap(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        raise TypeError(
+            f"{type(model).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head weights to "
+            "the losses yourself"
+        )
+    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
+        head = head.modules_to_save[head.active_adapters[0]]
+    _check_head(type(model).__name__, head)
+    config = model.config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are supported")
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= _number(config, name) or 1.0
+    if divisor := _number(config, _DIVISOR):
+        scale = scale * divisor if config.model_type in _DIVISOR_MULTIPLIES else scale / divisor
+    softcap = next((c for name in _SOFTCAPS if (c := _number(config, name))), None)
+    return LMHead(head.weight, head.bias, scale, softcap)
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    """The last hidden states `[B, T, H]` of a causal LM, what its head would be applied to, without any logits.
+
+    Differentiable. The call goes to the inner model, past wrappers: the hooks of DistributedDataParallel do not see
+    it, so in data-parallel training call this inside the wrapped module's forward.
+
+    Args:
+        model: as `lm_head` takes it.
+        input_ids: `[B, T]` int64.
+        attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Pad on the right: models number positions from 0.
+        kwargs: further arguments of the base model's forward.
+    """
+    model = unwrap(model)
+    base = getattr(model, "base_model", model)
+    if base is model:
+        raise TypeError(f"{type(model).__name__} keeps no base model beside its head, so its hidden states are not known")
+    output = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
+    return output.last_hidden_state
+
+
+@torch.no_grad()
+def check_lm_head(model: nn.Module) -> None:
+    """Compare `lm_head(model)` on `hidden_states(model)` with the model's own logits for a few tokens.
+
+    There are families whose logits no configuration key describes (a norm or a dense layer between base model and
+    head, a new name for a scale): they are refused here instead of giving wrong numbers. One tiny forward; call it
+    before the model is sharded.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    model = unwrap(model)
+    head = lm_head(model)
+    device = model.get_input_embeddings().weight.device
+    input_ids = torch.arange(1, 9, device=device)[None] % head.weight.shape[0]
+    training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = hidden_states(model, input_ids, torch.ones_like(input_ids)).to(head.weight.device, head.weight.dtype)
+    finally:
+        model.train(training)
+    logits = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    error = (logits.to(own.device) - own).abs().max().item()
+    allowed = 16 * torch.finfo(head.weight.dtype).eps * max(own.abs().max().item(), logits.abs().max().item())
+    if not error <= allowed:
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not those of its head (they differ by {error:.3g}, rounding "
+            f"explains {allowed:.3g}): it does something between base model and softmax that is not supported. "
+            f"Understood from the configuration: scale {head.logit_scale:g}, softcap {head.softcap}"
+        )
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside wrappers of data parallelism, `torch.compile` and PEFT (adapters stay active)."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            if any(config.is_prompt_learning for config in model.peft_config.values()):
+                raise ValueError(
+                    "prompt-learning adapters (prompt, prefix, p-tuning) prepend tokens of their own, which the "
+                    "hidden states of the base model do not show: use LoRA or train the model itself"
+                )
+            model = model.get_base_model()
+            continue
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _check_head(model: str, head: Any) -> None:
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"the LM head of {model} has a PEFT adapter on it ({type(head).__name__}), so it is not one weight matrix: "
+            'take "lm_head" out of target_modules (modules_to_save=["lm_head"] is fine), or merge the adapter'
+        )
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise ValueError(f"the LM head of {model} is a {type(head).__name__}: only a plain torch.nn.Linear is supported")
+    if head.weight.is_meta:
+        raise ValueError(
+            f"the LM head of {model} is offloaded (its weight is on the meta device): keep lm_head on a device"
+        )
+    if not head.weight.is_floating_point():
+        raise ValueError(
+            f"the LM head of {model} is quantised ({head.weight.dtype}): exclude lm_head from the quantisation"
+        )
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) else None
