@@ -1,0 +1,177 @@
+"""From the JSON of `benchmarks.run` to the README: `python -m benchmarks.report benchmarks/results/cpu.json`.
+
+Rewrites what stands between the README's two markers (which must be there already) and draws, beside the JSON file,
+`NAME.png` (time and memory of every variant) and, where there is a scaling section, `NAME_scaling.png`.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from . import style
+from .cases import CASES
+
+BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
+NOTHING = "–"
+
+
+def replace_between_markers(text: str, table: str) -> str:
+    """`text` with `table` between `BEGIN` and `END`; ValueError unless each marker is there once, in this order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file needs one {BEGIN} and, below it, one {END}: put them where the table belongs")
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{head}{BEGIN}\n{table.strip()}\n{END}{tail}"
+
+
+def tables(comparison: dict[str, dict]) -> str:
+    """Markdown: one table per case, dtypes side by side, then the notes that make the figures readable."""
+    if not comparison:
+        raise ValueError("the file has no comparison section: run benchmarks.run without --scaling first")
+    parts = [
+        table([section for section in comparison.values() if section["case"] == case]) for case in cases(comparison)
+    ]
+    return "\n\n".join([*parts, notes(list(comparison.values()))])
+
+
+def cases(sections: dict[str, dict]) -> list[str]:
+    return list(dict.fromkeys(section["case"] for section in sections.values()))
+
+
+def table(sections: list[dict]) -> str:
+    """One case: per dtype the time of DPO, of DPO + KL, peak memory and gradient error."""
+    first = sections[0]
+    title = f"**{CASES[first['case']]}** (H={first['hidden_size']:,}, V={first['vocab_size']:,})"
+    header, seconds = [title], []
+    for section in sections:
+        header += [f"{section['dtype']}: DPO", "DPO + KL", "peak MiB", "grad. error"]
+        seconds.append(f"{section['floor_seconds']:.2f} s in {section['dtype']}")
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    for label in dict.fromkeys(row["label"] for section in sections for row in section["rows"]):
+        line = [label]
+        for section in sections:
+            line += cells({row["objective"]: row for row in section["rows"] if row["label"] == label})
+        lines.append(line)
+    floor = f"Time 1 is the floor, three matrix products on the valid tokens: {', '.join(seconds)}. "
+    gradients = " and ".join(f"{section['gradient_mib']:.0f}" for section in sections)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{floor}Gradients take {gradients} MiB."
+
+
+def cells(rows: dict[str, dict]) -> list[str]:
+    """Time of `dpo` (or of cross-entropy, starred), time of `dpo+kl`, and the fullest objective's memory and error."""
+    times = [f"{rows[objective]['ratio']:.2f}" if objective in rows else NOTHING for objective in ("dpo", "dpo+kl")]
+    if "ce" in rows:
+        times[0] += f" (CE: {rows['ce']['ratio']:.2f}\\*)"
+    fullest = rows.get("dpo+kl") or rows.get("dpo")
+    if fullest is None:
+        return [*times, NOTHING, NOTHING]
+    return [*times, f"{peak(fullest):,.0f}", f"{gradient_error(fullest):.1e}"]
+
+
+def peak(row: dict) -> float:
+    return statistics.median(row["peak_mib"])
+
+
+def gradient_error(row: dict) -> float:
+    """The worse of both gradients' relative errors against float64."""
+    return max(row[key] for key in ("hidden_grad_error", "weight_grad_error") if row[key] is not None)
+
+
+def notes(sections: list[dict]) -> str:
+    first = sections[0]
+    machine = first["environment"]
+    if any(
+        section["environment"][key] != machine[key] for section in sections for key in ("cpu", "threads", "versions")
+    ):
+        raise ValueError("the sections were measured on different machines or versions: run them again in one place")
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    commits = ", ".join(dict.fromkeys(section["environment"]["commit"] for section in sections))
+    return (
+        f"Forward and backward, {first['tokens']:,} tokens in two pairs, of which {first['valid_tokens']:,} are "
+        "answer tokens; every variant in a process of its own, in turn, medians. Memory is the growth of the resident "
+        "set over the inputs, gradients included. The gradient's error is relative, against float64. "
+        "\\* plain cross-entropy on the same tokens: less work than DPO.\n\n"
+        f"{machine['cpu']}, {machine['threads']} threads; Python {machine['python']}, {versions}; "
+        f"{machine['date']}, commit {commits}."
+    )
+
+
+def plot_comparison(comparison: dict[str, dict], path: Path) -> None:
+    """One panel per section: time of the fullest objective that each variant computes, as multiples of the floor."""
+    columns = max(sum(section["case"] == case for section in comparison.values()) for case in cases(comparison))
+    rows = -(-len(comparison) // columns)
+    drawing, axes = style.figure(rows, columns, width=5.6, height=3.4)
+    for panel in axes.flat[len(comparison) :]:
+        panel.remove()
+    for panel, section in zip(axes.flat, comparison.values(), strict=False):
+        shown = {}
+        for row in section["rows"]:
+            if row["objective"] != "ce" and not row["frozen"]:  # CE alone and a frozen head are other, smaller tasks
+                shown[row["label"]] = row  # of one variant, `dpo+kl` comes after `dpo`
+        shown = dict(sorted(shown.items(), key=lambda item: -item[1]["ratio"]))
+        ratios = [row["ratio"] for row in shown.values()]
+        names = [label + (" + KL" if row["objective"] == "dpo+kl" else "") for label, row in shown.items()]
+        bars = panel.barh(names, ratios, color=[style.OURS if row["ours"] else style.RIVAL for row in shown.values()])
+        text = [f"{row['ratio']:.2f}   {peak(row):,.0f} MiB" for row in shown.values()]
+        panel.bar_label(bars, text, padding=3, fontsize=8)
+        panel.axvline(1, color=style.LIMIT, linewidth=1.2)
+        panel.set_xlim(0, 1.3 * max(ratios))
+        panel.grid(axis="y", visible=False)
+        panel.set_title(f"{CASES[section['case']].split(',')[0]}, {section['dtype']}")
+        panel.set_xlabel("time / three matrix products (red), and peak memory")
+    style.save(drawing, path)
+
+
+def plot_scaling(scaling: dict[str, dict], path: Path) -> None:
+    """Per section: peak memory without gradients over tokens, and time over the memory budget."""
+    drawing, axes = style.figure(len(scaling), 2)
+    for (left, right), section in zip(axes, scaling.values(), strict=True):
+        name = f"{CASES[section['case']].split(',')[0]}, {section['dtype']}"
+        variants = list(dict.fromkeys(point["variant"] for point in section["memory"]))
+        for variant, line in zip(variants, ("-o", "--s"), strict=True):
+            points = [point for point in section["memory"] if point["variant"] == variant]
+            without_gradients = [point["peak_mib"] - point["gradient_mib"] for point in points]
+            left.plot([point["tokens"] for point in points], without_gradients, line, color=style.OURS, label=variant)
+        left.plot(
+            [point["tokens"] for point in points],
+            [point["logits_mib"] for point in points],
+            ":^",
+            color=style.RIVAL,
+            label="one float32 logits tensor",
+        )
+        left.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens, half of them masked",
+            ylabel="peak − gradients, MiB",
+            title=name,
+        )
+        left.set_xticks(
+            [point["tokens"] for point in points], [f"{point['tokens']:,}" for point in points], minor=False
+        )
+        left.minorticks_off()
+        left.legend(fontsize=8)
+
+        budgets = [point["memory_budget"] / 2**20 for point in section["budget"]]
+        right.plot(
+            budgets, [statistics.median(point["seconds"]) for point in section["budget"]], "-o", color=style.OURS
+        )
+        right.set(xlabel="memory_budget, MiB", ylabel="seconds", ylim=(0, None), title="time for memory")
+    style.save(drawing, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="JSON file written by benchmarks.run --out")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help=f"file with {BEGIN} and {END}")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text())
+    text = replace_between_markers(args.readme.read_text(), tables(results.get("comparison", {})))
+    plot_comparison(results["comparison"], args.results.with_suffix(".png"))
+    if "scaling" in results:
+        plot_scaling(results["scaling"], args.results.with_name(args.results.stem + "_scaling.png"))
+    args.readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
