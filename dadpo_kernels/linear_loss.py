@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .checks import is_logp, require
 from .divergence import DivergenceKind, Support, check_divergence_options, topk_divergence
-from .objective import LossType, check_preference_options, dadpo_loss
+from .objective import LossType, check_preference_options, check_sum_dtype, dadpo_loss
 from .selected_logps import linear_selected_logps
 from .teacher.targets import TeacherTargets
 
@@ -306,10 +306,11 @@ def _checked_counts(counts: Tensor | None, labels: Tensor, ignore_index: int) ->
 def _reference_sums(ref_logps: Tensor | None, labels: Tensor) -> Tensor:
     if ref_logps is None:
         raise ValueError("beta_ref > 0 needs ref_logps, got None: capture the reference's, or set beta_ref=0")
+    check_sum_dtype("ref_logps", ref_logps)
     if ref_logps.shape != labels.shape[:1]:
         raise ValueError(f"ref_logps has shape {list(ref_logps.shape)}: one sum per row of labels, [{len(labels)}]")
     ok = is_logp(ref_logps) & (ref_logps > -torch.inf)
-    require(ok, ref_logps, "ref_logps", "a finite log-probability is needed for every answer (0 for an empty one)")
+    require(ok, ref_logps, "ref_logps", "a finite log-probability is needed for every answer, 0 for an empty one")
     return ref_logps
 
 

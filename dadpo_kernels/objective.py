@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import require
+
 LossType = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
 LENGTH_NORMALIZED = ("sigmoid_norm", "ipo")
 SMOOTHABLE = ("sigmoid", "sigmoid_norm", "robust")
@@ -92,6 +94,8 @@ def dadpo_loss(
     if loss_type in LENGTH_NORMALIZED:
         if chosen_lengths is None or rejected_lengths is None:
             raise ValueError(f"loss_type={loss_type!r} needs chosen_lengths and rejected_lengths, got None")
+        _check_lengths("chosen_lengths", chosen_lengths, chosen_logps)
+        _check_lengths("rejected_lengths", rejected_lengths, chosen_logps)
         margin = chosen / chosen_lengths - rejected / rejected_lengths
     return PreferenceLoss(_pair_loss(margin, beta, loss_type, label_smoothing), chosen.detach(), rejected.detach())
 
@@ -108,15 +112,26 @@ def _pair_loss(margin: Tensor, beta: float, loss_type: LossType, label_smoothing
 
 
 def _check_logps(name: str, logps: Tensor, like: Tensor) -> None:
-    if logps.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name} is {logps.dtype}: a sum over an answer needs float32 or float64, "
-            "or its rounding is as large as the margins between answers"
-        )
+    check_sum_dtype(name, logps)
     if logps.dim() != 1 or logps.shape != like.shape:
         raise ValueError(
             f"{name} has shape {list(logps.shape)}: one number per pair is needed, as many as chosen_logps has "
             f"({list(like.shape)})"
+        )
+
+
+def _check_lengths(name: str, lengths: Tensor, like: Tensor) -> None:
+    if lengths.shape != like.shape:
+        raise ValueError(f"{name} has shape {list(lengths.shape)}, one length per pair is needed, {list(like.shape)}")
+    require(lengths > 0, lengths, name, "a reward per token needs at least one token")
+
+
+def check_sum_dtype(name: str, logps: Tensor) -> None:
+    """Raise TypeError unless `logps`, sums over whole answers, are float32 or float64."""
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} is {logps.dtype}: a sum over an answer needs float32 or float64, "
+            "or its rounding is as large as the margins between answers"
         )
 
 

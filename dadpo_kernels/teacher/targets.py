@@ -41,7 +41,8 @@ class TeacherTargets(NamedTuple):
             "teacher.label_logps",
             "a finite log-probability is needed wherever there is a label",
         )
-        return self.label_logps.masked_fill(~valid, 0).sum(-1)
+        wide = torch.promote_types(self.label_logps.dtype, torch.float32)
+        return self.label_logps.masked_fill(~valid, 0).sum(-1, dtype=wide)
 
     def masked(self, valid: Tensor, vocabulary: int) -> "TeacherTargets":
         """The same top-k with log-probabilities of 0 outside `valid [2B, T]`, so that nothing there can reach a loss.
