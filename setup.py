@@ -40,7 +40,10 @@ class NinjaBuild(build_ext):
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if os.environ.get("DADPO_REQUIRE") == "1":
                 raise
-            print(f"dadpo-kernels: {ext.name} is left out ({error}); `dadpo doctor` tells what is missing", file=sys.stderr)
+            print(
+                f"dadpo-kernels: {ext.name} is left out ({error}); `dadpo doctor` tells what is missing",
+                file=sys.stderr,
+            )
 
     def ninja(self, ext: Extension, cxx: str | None) -> None:
         if cxx is None:
@@ -61,7 +64,10 @@ class NinjaBuild(build_ext):
         with (build / "build.ninja").open("w") as file:
             n = Writer(file)
             n.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule("link", f"{cxx} -shared $in -o $out -pthread" + (" -undefined dynamic_lookup" * (sys.platform == "darwin")))
+            n.rule(
+                "link",
+                f"{cxx} -shared $in -o $out -pthread" + (" -undefined dynamic_lookup" * (sys.platform == "darwin")),
+            )
             for isa, flags in ISAS.items():
                 objects += n.build(f"{isa}.o", "cxx", str(source / "passes.cpp"),
                                    variables={"flags": shlex.join([*common, *flags, f"-DDADPO_ISA={isa}"])})  # fmt: skip

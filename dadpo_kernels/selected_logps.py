@@ -1,26 +1,382 @@
-"""The primitive: log-probabilities of the label, of the teacher's top-k ids and of the tail, from hidden states."""
+"""The primitive: log-probabilities of the label, of the teacher's top-k ids and of the tail, from hidden states.
+
+Every loss of this package, and any other that reads a few log-probabilities per token, is plain PyTorch on its outputs.
+With `q = softmax(z)`, `T` the top-k ids of the token, incoming gradients `g`, and `G = g_label + sum g_topk + g_tail`:
+
+    dz_j = (g_tail / q_tail - G) q_j          j outside T and not the label
+    dz_j = -G q_j + g_topk[k] (+ g_label)     j = topk_ids[k] (and the label)
+    dz_y = (g_tail / q_tail - G) q_y + g_label    a label y outside T
+
+one scalar per token times the softmax, with the selected entries overwritten. `q_j / q_tail` is `exp(z_j - lse_tail)`.
+"""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .backends import reference
+from . import head_checks as checks
+from .backends import reference, resolve, tiles_class
+from .backends.tiled import (
+    Coefficients,
+    Entries,
+    Grads,
+    Head,
+    merge_tail,
+    run_gradient,
+    run_statistics,
+    statistic_dtype,
+    tile_bytes,
+)
+from .plan import DEFAULT_BUDGET, Plan, make_plan
 
 
 class SelectedLogps(NamedTuple):
+    """Log-probabilities in nats: `label [...]`, `topk [..., K]`, and `tail [...]`, the log of the mass outside the top k.
+
+    float32 (float64 for float64 inputs); 0 where the label is `ignore_index`.
+    """
+
     label: Tensor
     topk: Tensor
     tail: Tensor
 
 
 def linear_selected_logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None = None, *, bias: Tensor | None = None,
-    logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0, ignore_index: int = -100,
-    backend: str = "auto", memory_budget: int | None = None,
-) -> SelectedLogps:  # fmt: skip
-    shape = labels.shape
-    ids = None if topk_ids is None else topk_ids.flatten(0, -2)
-    out = reference.selected_logps(
-        hidden.flatten(0, -2), weight, bias, labels.flatten(), ids, logit_scale, softcap, temperature, ignore_index
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    topk_ids: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> SelectedLogps:
+    """Selected log-probabilities of `softmax(z)` without `[tokens, V]` logits, differentiable once.
+
+        z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+        label[n] = log q[n, labels[n]],  topk[n, k] = log q[n, topk_ids[n, k]],  tail[n] = log sum_{j not in T_n} q[n, j]
+
+    Args:
+        hidden: `[..., H]` float32, bfloat16, float16 or float64, any strides.
+        weight: `[V, H]`, the LM head's weight, of hidden's dtype (under `torch.autocast` both are cast as a linear is).
+        labels: `[...]` int64 or int32, aligned: position t of `hidden` predicts `labels[t]`.
+        topk_ids: `[..., K]` int64 or int32; duplicates and the label may be among them. None: no top k, `tail` is 0.
+        bias: `[V]`.
+        logit_scale, softcap, temperature: applied in this order, as transformers' models do. `softcap` None: none.
+        ignore_index: label of masked tokens. They are dropped before the first product; outputs and gradients are 0
+            there whatever `hidden` and `topk_ids` hold.
+        backend: "auto", "reference" (dense, differentiable twice), "torch" or "cpu".
+        memory_budget: bytes the forward may keep for the backward to save one of four matrix products; 0 keeps
+            nothing, None means 256 MiB. The workspace beside it is constant in the number of tokens.
+
+    Returns:
+        `SelectedLogps(label [...], topk [..., K], tail [...])`. Where the top k covers the vocabulary, `tail` is -inf
+        and takes no gradient.
+
+    Raises:
+        TypeError: a dtype that is not supported, or hidden and weight of different dtypes.
+        ValueError: shapes, devices or options that do not fit; labels or ids outside `[0, V)` (on CUDA a device-side
+            assertion, since a check would wait for the device).
+
+    Source: the online softmax of arXiv 1805.02867; recomputation in the backward as in Cut Cross Entropy
+    (arXiv 2411.09009) and Liger (arXiv 2410.10989); the shared gradient form is this package's.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    checks.check_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    shape = hidden.shape[:-1]
+    checks.check_ids("labels", labels, shape, hidden.device)
+    if topk_ids is not None:
+        checks.check_ids("topk_ids", topk_ids, shape, hidden.device, extra=1)
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget={memory_budget} is negative; pass bytes, 0 to keep nothing, or None")
+    name = resolve(backend, hidden.device, hidden.dtype)
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    y = labels.reshape(-1)
+    ids = None if topk_ids is None else topk_ids.reshape(len(y), topk_ids.shape[-1])
+    if name == "reference":
+        checks.check_range("labels", y[y != ignore_index], weight.shape[0])
+        if ids is not None:
+            checks.check_range("topk_ids", ids[y != ignore_index], weight.shape[0])
+        out = reference.selected_logps(flat, weight, bias, y, ids, logit_scale, softcap, temperature, ignore_index)
+    else:
+        tracked = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+        kept = retained_bytes(name, flat, weight, budget) if tracked and torch.is_grad_enabled() else 0
+        label, topk, tail, _, _ = _selected_logps(
+            flat, weight, bias, y, ids, logit_scale, softcap, temperature, ignore_index, name, kept
+        )
+        out = label, topk, tail
+    label, topk, tail = out
+    return SelectedLogps(label.view(shape), topk.view(*shape, topk.shape[-1]), tail.view(shape))
+
+
+def plan_for(
+    rows: int,
+    vocab: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    backend: str,
+    memory_budget: int | None = None,
+    grad_hidden: bool = True,
+    grad_weight: bool = True,
+) -> Plan:
+    """The plan a call of `linear_selected_logps` takes: `print` it, or read its `units` and `retained_bytes`.
+
+    Args:
+        rows: tokens that are not masked.
+        vocab, width: V and H of the head.
+        dtype: of hidden and weight.
+        backend: "torch" or "cpu".
+        memory_budget: bytes, None for the default.
+        grad_hidden, grad_weight: which gradients are wanted; a frozen head has `grad_weight=False`.
+    """
+    tiles = tiles_class(backend)
+    tile = min(tiles.tile_columns(rows, width, dtype), vocab)
+    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    return make_plan(rows, vocab, tile, tile_bytes(tiles, rows, tile, dtype), budget, grad_hidden, grad_weight)
+
+
+def retained_bytes(name: str, hidden: Tensor, weight: Tensor, budget: int) -> int:
+    """Size of the buffer the forward may fill: known from shapes alone, so that a compiler can trace it."""
+    rows, width = hidden.shape
+    tiles = tiles_class(name)
+    tile = tiles.tile_columns(rows, width, hidden.dtype)
+    columns = -(-weight.shape[0] // tile) * tile
+    return min(budget, tile_bytes(tiles, rows, columns, hidden.dtype) + 64 * (columns // tile))
+
+
+class Compacted:
+    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        topk_ids: Tensor | None,
+        transform: tuple[float, float | None, float],
+        ignore_index: int,
+        backend: str,
+        budget: int,
+    ) -> None:
+        self.index = (labels != ignore_index).nonzero()[:, 0]
+        rows = len(self.index)
+        labels = labels[self.index]
+        checks.check_range("labels", labels, weight.shape[0])
+        if topk_ids is not None:
+            topk_ids = topk_ids[self.index]
+            checks.check_range("topk_ids", topk_ids, weight.shape[0])
+        self.entries = Entries.merge(labels, topk_ids)
+        hidden = hidden.contiguous() if rows == len(hidden) else hidden[self.index]
+        self.head = Head(weight, bias, *transform)
+        self.tiles = tiles_class(backend)(hidden, self.head, self.entries)
+        self.plan = plan_for(rows, *weight.shape, hidden.dtype, backend=backend, memory_budget=budget)
+
+    def spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """Values of the compacted tokens at their places, 0 elsewhere."""
+        return values.new_zeros(len(like), *values.shape[1:]).index_copy_(0, self.index, values)
+
+
+@torch.library.custom_op("dadpo::selected_logps", mutates_args=())
+def _selected_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    topk_ids: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    retained_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(label [N], topk [N, K], tail [N], lse [N, 2], retained [bytes])`; lse holds that of all columns and the tail's."""
+    transform = (logit_scale, softcap, temperature)
+    c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, retained_bytes)
+    retained = hidden.new_empty(retained_bytes, dtype=torch.uint8)
+    state = run_statistics(c.tiles, c.plan, retained)
+    e = c.entries
+    lse_tail = state.lse
+    first_of_id = torch.ones_like(e.in_topk)
+    if e.ids.shape[1] > 1:
+        # A duplicate counts once in the total: the first top-k entry of its id.
+        same = e.ids[:, 1:] == e.ids[:, :-1]
+        first_of_id[:, 1:] = ~(same & e.in_topk[:, :-1])
+    inside = state.selected.where(e.in_topk & first_of_id, -torch.inf)
+    lse, tail = merge_tail(lse_tail, inside)
+    logps = torch.empty_like(state.selected).scatter_(1, e.order, state.selected - lse[:, None])
+    k = logps.shape[1] - 1
+    return (
+        c.spread(logps[:, k], labels),
+        c.spread(logps[:, :k], labels),
+        c.spread(tail, labels),
+        c.spread(torch.stack([lse, lse_tail], 1), labels),
+        retained,
     )
-    return SelectedLogps(*(o.float().unflatten(0, shape) for o in out))
+
+
+@_selected_logps.register_fake
+def _(
+    hidden, weight, bias, labels, topk_ids, logit_scale, softcap, temperature, ignore_index, backend, retained_bytes
+):
+    dtype = statistic_dtype(hidden.dtype)
+    k = 0 if topk_ids is None else topk_ids.shape[1]
+    return (
+        hidden.new_empty(len(labels), dtype=dtype),
+        hidden.new_empty(len(labels), k, dtype=dtype),
+        hidden.new_empty(len(labels), dtype=dtype),
+        hidden.new_empty(len(labels), 2, dtype=dtype),
+        hidden.new_empty(retained_bytes, dtype=torch.uint8),
+    )
+
+
+def logit_coefficients(
+    entries: Entries, head: Head, logps: Tensor, lse: Tensor, lse_tail: Tensor, grads: Tensor, has_topk: bool
+) -> Coefficients:
+    """The gradient of the raw products `hidden @ weight.T`, one scalar per token and its exact values at the entries.
+
+    `logps` and `grads` are `[n, M + 1]`: top-k, label, tail.
+    """
+    k = logps.shape[1] - 2
+    total = grads.sum(1)
+    empty = lse_tail == -torch.inf
+    q_tail = (lse_tail - lse).exp()
+    g_tail = grads[:, k + 1].masked_fill(empty, 0) if has_topk else grads[:, k + 1]
+    total = torch.where(empty, total - grads[:, k + 1], total) if has_topk else total
+    c = (g_tail - total * q_tail).masked_fill(empty, 0)
+
+    logp = logps[:, : k + 1].gather(1, entries.order)
+    q = logp.exp()
+    g, in_topk = segment_sums(entries.ids, grads[:, : k + 1].gather(1, entries.order), entries.in_topk)
+    outside = (logp - (lse_tail - lse).masked_fill(empty, 0)[:, None]).exp() * c[:, None]
+    values = torch.where(in_topk, -total[:, None] * q, outside) + g
+
+    factor = head.scale / head.temperature
+    if head.softcap is not None:
+        z = logp + lse[:, None]
+        values = values * (1 - (z * (head.temperature / head.softcap)).square())
+    return Coefficients((c * factor).contiguous(), lse_tail.contiguous(), (values * factor).contiguous())
+
+
+def segment_sums(ids: Tensor, grads: Tensor, in_topk: Tensor) -> tuple[Tensor, Tensor]:
+    """For ascending `ids [n, M]`: the sum of `grads` over equal ids, and whether any of them is a top-k id, at each.
+
+    A doubling scan in both directions: deterministic, and exact where an id stands alone.
+    """
+
+    def scan(x: Tensor, reverse: bool) -> Tensor:
+        key = ids.flip(1) if reverse else ids
+        x = x.flip(1) if reverse else x
+        step = 1
+        while step < x.shape[1]:
+            same = key[:, step:] == key[:, :-step]
+            x = torch.cat([x[:, :step], x[:, step:] + x[:, :-step] * same], 1)
+            step *= 2
+        return x.flip(1) if reverse else x
+
+    flags = in_topk.to(grads.dtype)
+    sums = scan(grads, False) + scan(grads, True) - grads
+    return sums, (scan(flags, False) + scan(flags, True)) > 0.5
+
+
+@torch.library.custom_op("dadpo::selected_logps_backward", mutates_args=())
+def _selected_logps_backward(
+    grad_label: Tensor,
+    grad_topk: Tensor,
+    grad_tail: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    topk_ids: Tensor | None,
+    label: Tensor,
+    topk: Tensor,
+    tail: Tensor,
+    lse: Tensor,
+    retained: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
+    transform = (logit_scale, softcap, temperature)
+    c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
+    rows, dtype, wide = c.plan.rows, hidden.dtype, lse.dtype
+    grad_hidden = hidden.new_zeros(rows, c.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    grad_bias = hidden.new_empty(len(weight), dtype=wide) if needs[2] else None
+    if rows:
+        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[c.index]
+        grads = torch.cat([grad_topk, grad_label[:, None], grad_tail[:, None]], 1)[c.index].to(wide)
+        lse_all, lse_tail = lse[c.index].unbind(1)
+        coefficients = logit_coefficients(c.entries, c.head, logps, lse_all, lse_tail, grads, topk_ids is not None)
+        run_gradient(c.tiles, c.plan, retained, coefficients, Grads(grad_hidden, grad_weight, grad_bias))
+    else:
+        for grad in (grad_weight, grad_bias):
+            if grad is not None:
+                grad.zero_()
+    none = hidden.new_empty(0)
+    if grad_hidden is not None:
+        grad_hidden = c.spread(grad_hidden[:, : hidden.shape[1]].to(dtype), hidden)
+    return (
+        none if grad_hidden is None else grad_hidden,
+        none.clone() if grad_weight is None else grad_weight,
+        none.clone() if grad_bias is None else grad_bias.to(dtype),
+    )
+
+
+@_selected_logps_backward.register_fake
+def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained,
+      logit_scale, softcap, temperature, ignore_index, backend, needs):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        hidden.new_empty(weight.shape if needs[1] else (0,)),
+        hidden.new_empty(weight.shape[:1] if needs[2] else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, topk_ids, *ctx.options, _ = inputs
+    label, topk, tail, lse, retained = output
+    ctx.mark_non_differentiable(lse, retained)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained)
+
+
+def _backward(ctx, grad_label, grad_topk, grad_tail, _lse, _retained):
+    hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = [
+        torch.zeros_like(o) if g is None else g
+        for g, o in zip((grad_label, grad_topk, grad_tail), (label, topk, tail), strict=True)
+    ]
+    out = _selected_logps_backward(
+        *grads, hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained, *ctx.options, needs
+    )
+    return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 8
+
+
+def _second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "linear_selected_logps is differentiable once; for second derivatives (gradient penalties, Hessian products) "
+        'use backend="reference"'
+    )
+
+
+_selected_logps.register_autograd(_backward, setup_context=_setup_context)
+_selected_logps_backward.register_autograd(_second_derivative)

@@ -88,8 +88,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", &use);
     m.def("active", [] { return active->name; });
     m.def("panel", [] { return active->panel; });
-    m.def("workspace_bytes", [](const Tile& t, bool logits, bool grad_hidden, bool grad_weight) {
-        return active->workspace_bytes(t, logits, grad_hidden, grad_weight);
+    m.def("workspace_bytes", [](const Tile& t, bool logits, bool grad_hidden, bool keep_dz) {
+        return active->workspace_bytes(t, logits, grad_hidden, keep_dz);
     });
     m.def("pack_hidden", [](const Tile& t, uintptr_t out) { active->pack_hidden(t, at<uint32_t>(out)); },
           py::call_guard<py::gil_scoped_release>());

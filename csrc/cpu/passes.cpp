@@ -41,17 +41,17 @@ struct Workspace {
     };
     std::vector<Local> local;
 
-    Workspace(const Tile& t, char* base, bool logits, bool grad_hidden, bool grad_weight) : arena(base) {
+    Workspace(const Tile& t, char* base, bool logits, bool grad_hidden, bool keep_dz) : arena(base) {
         const long per = t.bf16 ? 2 : 1, depth = (t.width + per - 1) / per, padded = groups(t) * kGroup;
         if (logits) logits_b = arena.take<uint32_t>(padded * depth);
         if (grad_hidden) hidden_b = arena.take<uint32_t>(panels(t.width) * kPanel * (padded / per));
-        if (grad_weight) dz = arena.take<uint32_t>(t.rows * (padded / per));
+        if (keep_dz) dz = arena.take<uint32_t>(t.rows * (padded / per));
         for (int i = 0; i < t.threads; i++) {
             Local l{};
             l.z = arena.take<float>(kBlock * kGroup);
             l.slope = arena.take<float>(kBlock * kGroup);
-            if (grad_hidden && !grad_weight) l.dz = arena.take<float>(kBlock * kGroup);
-            if (grad_weight) {
+            if (!keep_dz) l.dz = arena.take<float>(kBlock * kGroup);
+            if (keep_dz) {
                 l.c = arena.take<float>(kBlock * panels(t.width) * kPanel);
                 l.a = arena.take<uint32_t>(kBlock * kInner);
             }
@@ -118,7 +118,7 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
     constexpr int per = Units<T>::per;
     const long padded = groups(t) * kGroup, depth = Units<T>::count(t.rows), wide = panels(t.width) * kPanel;
     const auto [begin, end] = team.share(rank, t.columns, kRows);
-    for (long column = begin; column < end; column += kBlock) {
+    for (long column = begin; g.weight && column < end; column += kBlock) {
         const long count = std::min(kBlock, end - column);
         for (long k = 0; k < depth; k += kInner) {
             const long part = std::min(kInner, depth - k);
@@ -197,7 +197,7 @@ void topk(const Tile& t, const Statistics& s, const Candidates& c, Workspace& w)
             group_logits<T>(t, row, count, g, w.logits_b, l);
             const long column = t.first + g * kGroup, valid = std::min(kGroup, t.columns - g * kGroup);
             for (long i = 0; i < count; i++) {
-                const float* z = l.z + i * kGroup;
+                float* z = l.z + i * kGroup;
                 const Hits hits = find(t, row + i, column, column + kGroup);
                 for (long e = hits.begin; e < hits.end; e++) {
                     const long at = (row + i) * t.entries + e;
@@ -232,8 +232,8 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
     static const Passes passes = {
         DADPO_STRING(DADPO_ISA),
         kPanel,
-        [](const Tile& t, bool logits, bool grad_hidden, bool grad_weight) {
-            return Workspace(t, nullptr, logits, grad_hidden, grad_weight).arena.used();
+        [](const Tile& t, bool logits, bool grad_hidden, bool keep_dz) {
+            return Workspace(t, nullptr, logits, grad_hidden, keep_dz).arena.used();
         },
         [](const Tile& t, uint32_t* out) { t.bf16 ? pack_hidden<uint16_t>(t, out) : pack_hidden<float>(t, out); },
         [](const Tile& t, const Statistics& s, const Retained& r, char* space) {
@@ -241,7 +241,7 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
             t.bf16 ? statistics<uint16_t>(t, s, r, w) : statistics<float>(t, s, r, w);
         },
         [](const Tile& t, const Gradient& g, const Retained& r, const uint32_t* packed_hidden, char* space) {
-            Workspace w(t, space, !r.exps, g.hidden, g.weight);
+            Workspace w(t, space, !r.exps, g.hidden, g.weight || g.bias);
             t.bf16 ? gradient<uint16_t>(t, g, r, packed_hidden, w) : gradient<float>(t, g, r, packed_hidden, w);
         },
         [](const Tile& t, const Statistics& s, const Candidates& c, char* space) {

@@ -47,7 +47,7 @@ struct Gradient {
 };
 
 struct Candidates {
-    float* max;  // [rows] state of all columns
+    float* max;  // [rows] the running state of the columns that are no candidates
     double* sum;  // [rows]
     float* values;  // [rows, capacity] candidates so far
     int32_t* ids;  // [rows, capacity]
@@ -58,7 +58,7 @@ struct Candidates {
 struct Passes {
     const char* name;
     long panel;  // columns are padded to a multiple of this in `Gradient::hidden` and in the packed hidden states
-    long (*workspace_bytes)(const Tile&, bool logits, bool grad_hidden, bool grad_weight);
+    long (*workspace_bytes)(const Tile&, bool logits, bool grad_hidden, bool keep_dz);
     void (*pack_hidden)(const Tile&, uint32_t* out);  // B of dz^T hidden: once a pass, used by every tile
     void (*statistics)(const Tile&, const Statistics&, const Retained&, char* workspace);
     void (*gradient)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);

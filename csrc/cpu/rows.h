@@ -1,6 +1,8 @@
 // The row passes over a group of logits that a product has just left in the cache.
 #pragma once
 
+#include <vector>
+
 #include "../common/online_softmax.h"
 #include "gemm.h"
 #include "passes.h"
@@ -127,50 +129,54 @@ inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, lo
     overwrite_entries(t, g, row, column, dz);
 }
 
-// Candidates for the row's top k: values above the k-th best so far, kept unsorted and cut back to k when full.
-// Columns come in ascending order and the comparison is strict, so among equals the lowest id stays.
+// Candidates for the row's top k: values above the k-th best so far, kept unsorted and cut back to k when the buffer is
+// full. Columns come in ascending order and the comparison is strict, so among equals the lowest id stays. Whatever does
+// not make it, or is cut, belongs to the tail and is added to its state: nothing is subtracted later.
 struct Best {
-    float* values;
-    int32_t* ids;
-    int32_t& count;
-    long k, capacity;
+    const Candidates& c;
+    const long row;
+    float* const values = c.values + row * c.capacity;
+    int32_t* const ids = c.ids + row * c.capacity;
+    int32_t& count = c.counts[row];
 
     void cut() {
-        if (count <= k) return;
-        int32_t order[4096];
+        if (count <= c.k) return;
+        std::vector<int32_t> order(count);
         for (int i = 0; i < count; i++) order[i] = i;
-        std::nth_element(order, order + k, order + count, [&](int a, int b) {
+        std::nth_element(order.begin(), order.begin() + c.k, order.end(), [&](int a, int b) {
             return values[a] > values[b] || (values[a] == values[b] && ids[a] < ids[b]);
         });
-        std::sort(order, order + k);  // ascending positions: moving down never overwrites what is still to move
-        for (long i = 0; i < k; i++) {
+        for (auto i = order.begin() + c.k; i != order.end(); ++i)
+            absorb(c.max + row, c.sum + row, values[*i], values[*i] == -INFINITY ? 0.0f : expf(values[*i] - base(values[*i])));
+        std::sort(order.begin(), order.begin() + c.k);  // ascending: moving down never overwrites what is still to move
+        for (long i = 0; i < c.k; i++) {
             values[i] = values[order[i]];
             ids[i] = ids[order[i]];
         }
-        count = static_cast<int32_t>(k);
+        count = static_cast<int32_t>(c.k);
     }
-    float threshold() const {
-        return count < k ? -INFINITY : *std::min_element(values, values + k);
-    }
+    float base(float value) const { return reference(vmax(splat(value), splat(c.max[row]))[0]); }
+    float threshold() const { return count < c.k ? -INFINITY : *std::min_element(values, values + c.k); }
 };
 
-inline void topk_row(const Candidates& c, long row, long column, long valid, const float* z) {
-    const float max = group_max(z);
-    const float merged = reference(vmax(splat(max), splat(c.max[row]))[0]);
-    absorb(c.max + row, c.sum + row, max, group_sum(z, merged));
-    Best best{c.values + row * c.capacity, c.ids + row * c.capacity, c.counts[row], c.k, c.capacity};
-    float threshold = best.threshold();
-    if (best.count >= best.k && !(max > threshold)) return;
-    for (long j = 0; j < valid; j++) {
-        if (best.count >= best.k && !(z[j] > threshold)) continue;
-        best.values[best.count] = z[j];
-        best.ids[best.count++] = static_cast<int32_t>(column + j);
-        if (best.count == best.capacity) {
-            best.cut();
-            threshold = best.threshold();
+inline void topk_row(const Candidates& c, long row, long column, long valid, float* z) {
+    Best best{c, row};
+    float threshold = c.k ? best.threshold() : INFINITY;
+    if (best.count < c.k || group_max(z) > threshold) {
+        for (long j = 0; j < valid; j++) {
+            if (best.count >= c.k && !(z[j] > threshold)) continue;
+            best.values[best.count] = z[j];
+            best.ids[best.count++] = static_cast<int32_t>(column + j);
+            z[j] = -INFINITY;
+            if (best.count == c.capacity) {
+                best.cut();
+                threshold = best.threshold();
+            }
         }
+        best.cut();
     }
-    best.cut();
+    const float max = group_max(z);
+    absorb(c.max + row, c.sum + row, max, group_sum(z, best.base(max)));
 }
 
 }  // namespace

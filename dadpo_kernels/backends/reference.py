@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def transform_logits(raw: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float) -> Tensor:
+def transform_logits(
+    raw: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
+) -> Tensor:
     """`raw = hidden @ weight.T` -> logits: bias, then scale, then softcap `c tanh(z/c)`, then `1/temperature`."""
     logits = raw if bias is None else raw + bias
     logits = logits * scale
@@ -47,12 +49,8 @@ def selected_logps(
     return tuple(v.new_zeros(len(labels), *v.shape[1:]).index_copy(0, rows, v) for v in values)  # type: ignore[return-value]
 
 
-def topk_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, scale: float, softcap: float | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense `(ids [N, k] int64, logps [N, k], tail [N], lse [N])`; ties go to the lowest id."""
-    logits = dense_logits(hidden, weight, bias, scale, softcap, temperature)
+def topk_logps(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense `(ids [N, k] int64, logps [N, k], tail [N])` of `logits [N, V]`; ties go to the lowest id."""
+    logps = logits.log_softmax(-1)
     ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    lse = logits.logsumexp(-1)
-    tail = logits.scatter(1, ids, -torch.inf).logsumexp(-1) - lse
-    return ids, logits.gather(1, ids) - lse[:, None], tail, lse
+    return ids, logps.gather(1, ids), logps.scatter(1, ids, -torch.inf).logsumexp(-1)

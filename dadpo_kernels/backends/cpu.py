@@ -1,0 +1,117 @@
+"""The C++ kernels of `csrc/cpu`: float32 and bfloat16, each tile's product and row pass fused, on every core.
+
+The extension sees addresses only; shapes, dtypes and layouts are made right here. See `csrc/cpu/passes.h`.
+"""
+
+import torch
+from torch import Tensor
+
+from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
+
+try:
+    from dadpo_kernels import _cpu
+except ImportError:
+    _cpu = None
+
+WORKSPACE = 24 * 2**20  # bytes of one tile of the gradient of the logits
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_K = 2048  # bound of the candidate buffer in csrc/cpu/rows.h
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run, or None if it can."""
+    return None if _cpu else "the extension dadpo_kernels._cpu is not built (it needs a C++ compiler at install time)"
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class CpuTiles(Tiles):
+    def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
+        if hidden.dtype == torch.bfloat16 and hidden.shape[1] % 2:
+            # Products read pairs of bfloat16: an odd row gets one readable zero behind it.
+            hidden = torch.nn.functional.pad(hidden, (0, 1))[:, :-1]
+        super().__init__(hidden, head, entries)
+        self.weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+        self.bias = None if head.bias is None else head.bias.float().contiguous()
+        self.in_topk = entries.in_topk.contiguous()
+        self.workspace: Tensor | None = None
+        self.packed_hidden: Tensor | None = None
+
+    @staticmethod
+    def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
+        group = _cpu.GROUP
+        return max(group, min(4096, WORKSPACE // (dtype.itemsize * max(1, rows)) // group * group))
+
+    @staticmethod
+    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
+        groups = -(-columns // _cpu.GROUP)
+        return groups * _cpu.GROUP, groups
+
+    def tile(self, first: int, columns: int):
+        h, e = self.head, self.entries
+        return _cpu.Tile(
+            hidden=address(self.hidden),
+            rows=self.hidden.shape[0],
+            width=self.hidden.shape[1],
+            hidden_stride=self.hidden.stride(0),
+            weight=address(self.weight[first:]),
+            weight_stride=self.weight.stride(0),
+            bias=0 if self.bias is None else address(self.bias[first:]),
+            first=first,
+            columns=columns,
+            ids=address(e.ids),
+            in_topk=address(self.in_topk),
+            entries=e.ids.shape[1],
+            scale=h.scale,
+            softcap=h.softcap or 0.0,
+            inv_temperature=1 / h.temperature,
+            bf16=self.hidden.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+        )
+
+    def space(self, tile, logits: bool, grad_hidden: bool, keep_dz: bool) -> int:
+        """Address of a 64-byte aligned workspace, kept from tile to tile."""
+        size = _cpu.workspace_bytes(tile, logits, grad_hidden, keep_dz) + 64
+        if self.workspace is None or self.workspace.numel() < size:
+            self.workspace = None
+            self.workspace = torch.empty(size, dtype=torch.uint8)
+        return -(-address(self.workspace) // 64) * 64
+
+    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
+        tile = self.tile(first, columns)
+        exps, bases = (address(kept.exps), address(kept.bases)) if kept else (0, 0)
+        _cpu.statistics(
+            tile, address(state.max), address(state.sum), address(state.selected), exps, bases,
+            self.space(tile, True, False, False),
+        )  # fmt: skip
+
+    def grad_hidden_columns(self) -> int:
+        """Columns of the accumulator: whole panels."""
+        return -(-self.hidden.shape[1] // _cpu.panel()) * _cpu.panel()
+
+    def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
+        tile = self.tile(first, columns)
+        if grads.weight is not None and self.packed_hidden is None:
+            rows = self.hidden.shape[0]
+            even = rows + rows % 2 if self.hidden.dtype == torch.bfloat16 else rows
+            self.packed_hidden = torch.empty(self.grad_hidden_columns() * even, dtype=self.hidden.dtype)
+            _cpu.pack_hidden(tile, address(self.packed_hidden))
+        exps, bases = (address(kept.exps), address(kept.bases)) if kept else (0, 0)
+        weight = None if grads.weight is None else grads.weight[first:]
+        bias = None if grads.bias is None else grads.bias[first:]
+        _cpu.gradient(
+            tile, address(coefficients.c), address(coefficients.lse_tail), address(coefficients.values),
+            address(grads.hidden), address(weight), 0 if weight is None else weight.stride(0), address(bias),
+            exps, bases, address(self.packed_hidden),
+            self.space(tile, kept is None, grads.hidden is not None, weight is not None or bias is not None),
+        )  # fmt: skip
+
+    def topk(self, first: int, columns: int, state: State, best: Best) -> None:
+        tile = self.tile(first, columns)
+        _cpu.topk(
+            tile, address(state.max), address(state.sum), address(state.selected), address(best.values),
+            address(best.ids), address(best.counts), best.k, best.values.shape[1],
+            self.space(tile, True, False, False),
+        )  # fmt: skip

@@ -1,0 +1,179 @@
+"""The one loop over tiles of the vocabulary. Backends supply what happens inside a tile.
+
+The vocabulary is the outer loop and all tokens are inside: each tile of the weight gradient is written once, and the
+small `[N, H]` gradient is the float32 accumulator. A row keeps one running softmax state, that of the columns *outside*
+its top-k ids (the tail); its total follows from the tail and the selected logits, so nothing is ever subtracted.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head and what happens to its logits: `softcap(scale * (hidden @ weight.T + bias)) / temperature`."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The selected ids of each row in ascending order: its top-k ids and its label. Duplicates stay, side by side."""
+
+    ids: Tensor  # [n, M] int32
+    in_topk: Tensor  # [n, M] bool
+    order: Tensor  # [n, M] int64: position of each entry in [topk..., label]
+
+    @classmethod
+    def merge(cls, labels: Tensor, topk_ids: Tensor | None) -> "Entries":
+        k = 0 if topk_ids is None else topk_ids.shape[1]
+        ids = labels[:, None] if topk_ids is None else torch.cat([topk_ids.to(labels.dtype), labels[:, None]], 1)
+        ids, order = ids.sort(dim=1, stable=True)
+        return cls(ids.to(torch.int32).contiguous(), order < k, order)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The gradient of the logits: `c[n] exp(z - lse_tail[n])` everywhere but at the entries, where it is `values`."""
+
+    c: Tensor  # [n]
+    lse_tail: Tensor  # [n]
+    values: Tensor  # [n, M], equal for duplicate ids
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A retained tile: `exps = exp(z - base)` times the softcap's slope, with one base per row and group of columns."""
+
+    exps: Tensor  # [n, columns, padded]
+    bases: Tensor  # [n, groups]
+
+
+class Tiles(ABC):
+    """One pass of one backend over `hidden [n, H]` and a head."""
+
+    def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
+        self.hidden, self.head, self.entries = hidden, head, entries
+
+    @staticmethod
+    @abstractmethod
+    def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
+        """Columns of a tile: the workspace must not grow with the number of rows."""
+
+    @staticmethod
+    @abstractmethod
+    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
+        """`(padded columns, groups)` of a retained tile."""
+
+    def grad_hidden_columns(self) -> int:
+        """Columns of the accumulator for hidden's gradient: at least H."""
+        return self.hidden.shape[1]
+
+    @abstractmethod
+    def statistics(self, first: int, columns: int, state: "State", kept: Kept | None) -> None:
+        """Adds the tile's columns outside the top-k ids to the state and stores the entries' logits."""
+
+    @abstractmethod
+    def gradient(
+        self, first: int, columns: int, coefficients: Coefficients, grads: "Grads", kept: Kept | None
+    ) -> None:
+        """Adds the tile's share to `grads.hidden` and writes its rows of `grads.weight` and `grads.bias`."""
+
+    @abstractmethod
+    def topk(self, first: int, columns: int, state: "State", best: "Best") -> None:
+        """Keeps the `k` best logits so far and adds all others to the state; stores the entries' logits."""
+
+
+@dataclass(frozen=True)
+class State:
+    max: Tensor  # [n]
+    sum: Tensor  # [n] float64
+    selected: Tensor  # [n, M] logits at the entries
+
+    @classmethod
+    def new(cls, rows: int, entries: int, like: Tensor) -> "State":
+        return cls(
+            like.new_full((rows,), -torch.inf, dtype=statistic_dtype(like.dtype)),
+            like.new_zeros(rows, dtype=torch.float64),
+            like.new_full((rows, entries), -torch.inf, dtype=statistic_dtype(like.dtype)),
+        )
+
+    @property
+    def lse(self) -> Tensor:
+        return self.max + self.sum.log().to(self.max.dtype)
+
+
+@dataclass(frozen=True)
+class Grads:
+    hidden: Tensor | None  # [n, H, padded as the backend likes] accumulator
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V] in the statistics' dtype
+
+
+@dataclass(frozen=True)
+class Best:
+    values: Tensor  # [n, capacity]
+    ids: Tensor  # [n, capacity] int32
+    counts: Tensor  # [n] int32
+    k: int
+
+
+def merge_tail(lse_tail: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """`(lse, log of the tail's share)` from the tail's lse `[n]` and the logits inside the top k `[n, M]`.
+
+    The share is `log(1 / (1 + e^(inside - tail)))`: it keeps its digits when the tail holds nearly everything, where a
+    difference of two lse would not.
+    """
+    lse_inside = inside.logsumexp(1)
+    return torch.logaddexp(lse_tail, lse_inside), torch.nn.functional.logsigmoid(lse_tail - lse_inside)
+
+
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def tile_bytes(tiles: type[Tiles], rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Bytes of one retained tile, the bases and the exponentials in the operands' dtype, in whole cache lines."""
+    padded, groups = tiles.kept_shape(rows, columns)
+    return -(-rows * (padded * dtype.itemsize + groups * statistic_dtype(dtype).itemsize) // 64) * 64
+
+
+def kept_tile(tiles: Tiles, plan: Plan, index: int, columns: int, buffer: Tensor) -> Kept | None:
+    """The retained tile's place in the byte buffer, or None if the plan recomputes it."""
+    if index >= plan.retained:
+        return None
+    dtype = tiles.hidden.dtype
+    padded, groups = tiles.kept_shape(plan.rows, columns)
+    start = index * tile_bytes(type(tiles), plan.rows, plan.tile, dtype)
+    middle = start + plan.rows * groups * statistic_dtype(dtype).itemsize
+    bases = buffer[start:middle].view(statistic_dtype(dtype)).view(plan.rows, groups)
+    exps = buffer[middle : middle + plan.rows * padded * dtype.itemsize].view(dtype).view(plan.rows, padded)
+    return Kept(exps, bases)
+
+
+def run_statistics(tiles: Tiles, plan: Plan, buffer: Tensor) -> State:
+    state = State.new(plan.rows, tiles.entries.ids.shape[1], tiles.hidden)
+    for index, first, columns in plan.tiles:
+        tiles.statistics(first, columns, state, kept_tile(tiles, plan, index, columns, buffer))
+    return state
+
+
+def run_gradient(tiles: Tiles, plan: Plan, buffer: Tensor, coefficients: Coefficients, grads: Grads) -> None:
+    for index, first, columns in plan.tiles:
+        tiles.gradient(first, columns, coefficients, grads, kept_tile(tiles, plan, index, columns, buffer))
+
+
+def run_topk(tiles: Tiles, plan: Plan, best: Best) -> State:
+    state = State.new(plan.rows, tiles.entries.ids.shape[1], tiles.hidden)
+    for _, first, columns in plan.tiles:
+        tiles.topk(first, columns, state, best)
+    return state

@@ -1,0 +1,71 @@
+"""How a pass will run: which tiles of the vocabulary are retained between forward and backward, and what that costs.
+
+One unit of work is one `N·V·H` matrix product (`2·N·V·H` floating-point operations). Dense training needs three.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+DEFAULT_BUDGET = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pass over `vocab` columns in tiles of `tile` columns, the first `retained` tiles kept for the backward.
+
+    Attributes:
+        rows: tokens that take part (masked ones are dropped before).
+        vocab: columns of the head.
+        tile: columns of a tile, the last one may be shorter.
+        retained: tiles whose exponentials the forward keeps.
+        retained_bytes: what they occupy.
+        grad_hidden, grad_weight: which gradient products the backward makes.
+    """
+
+    rows: int
+    vocab: int
+    tile: int
+    retained: int
+    retained_bytes: int
+    grad_hidden: bool
+    grad_weight: bool
+
+    @property
+    def tiles(self) -> Iterator[tuple[int, int, int]]:
+        """`(index, first column, columns)` of every tile, in order."""
+        for index, first in enumerate(range(0, self.vocab, self.tile)):
+            yield index, first, min(self.tile, self.vocab - first)
+
+    @property
+    def units(self) -> float:
+        """Matrix products of forward and backward together, in units of `N·V·H`."""
+        if not (self.grad_hidden or self.grad_weight):
+            return 1.0
+        recomputed = 1.0 - min(self.vocab, self.retained * self.tile) / self.vocab
+        return 1.0 + recomputed + self.grad_hidden + self.grad_weight
+
+    @property
+    def name(self) -> str:
+        """`no_grad`, `recompute`, `partial` or `retain`."""
+        if not (self.grad_hidden or self.grad_weight):
+            return "no_grad"
+        if not self.retained:
+            return "recompute"
+        return "retain" if self.retained * self.tile >= self.vocab else "partial"
+
+    def __str__(self) -> str:
+        frozen = "" if self.grad_weight or self.name == "no_grad" else ", frozen head"
+        return (
+            f"{self.name}{frozen}: {self.units:.2f} products of {self.rows} tokens x {self.vocab} columns, "
+            f"tiles of {self.tile}, {self.retained_bytes / 2**20:.0f} MiB retained"
+        )
+
+
+def make_plan(
+    rows: int, vocab: int, tile: int, bytes_per_tile: int, budget: int, grad_hidden: bool, grad_weight: bool
+) -> Plan:
+    """Retains as many whole tiles as fit into `budget` bytes; none if there is no backward to use them."""
+    needed = grad_hidden or grad_weight
+    tiles = -(-vocab // tile)
+    retained = min(tiles, budget // max(1, bytes_per_tile)) if needed and rows else 0
+    return Plan(rows, vocab, tile, retained, retained * bytes_per_tile, grad_hidden, grad_weight)
