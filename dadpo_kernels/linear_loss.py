@@ -129,7 +129,7 @@ def linear_dadpo_loss(
     valid = labels != ignore_index
     ref = _reference_sums(ref_logps, labels).chunk(2) if beta_ref else (None, None)
     told = _present(teacher, "beta_teacher").answer_logps(valid).chunk(2) if beta_teacher else (None, None)
-    topk = _present(teacher, "kl_weight").masked(valid, len(weight)) if kl_weight else None
+    topk = _present(teacher, "kl_weight").checked_topk(valid, len(weight)) if kl_weight else None
 
     selected = linear_selected_logps(
         hidden, weight, labels, None if topk is None else topk.topk_ids, bias=bias, logit_scale=logit_scale,

@@ -167,7 +167,10 @@ def test_any_shape_and_mask(data):
     k = data.draw(st.integers(1, vocabulary - 1))
     lengths = data.draw(st.lists(st.integers(0, tokens), min_size=2 * pairs, max_size=2 * pairs))
     batch = make(data.draw(st.integers(0, 999)), pairs, tokens, 3, vocabulary, k, lengths)
-    assert_matches_dense(batch, **BETAS, kl_weight=0.5, kl_on=data.draw(st.sampled_from(["both", "chosen"])))
+    loss_type = data.draw(st.sampled_from(["sigmoid", "sigmoid_norm", "ipo"]))
+    assert_matches_dense(
+        batch, **BETAS, loss_type=loss_type, kl_weight=0.5, kl_on=data.draw(st.sampled_from(["both", "chosen"]))
+    )
 
 
 def test_equals_trl_with_the_mixed_reference():
@@ -433,6 +436,17 @@ def test_module_is_the_function_with_its_options():
     assert module.options == options
     assert repr(module).startswith("LinearDaDPOLoss(beta_ref=0.3, beta_teacher=0.2, loss_type='robust'")
     assert not module.state_dict()
+
+
+def test_compiles_without_graph_breaks():
+    batch = make(12)
+    module = LinearDaDPOLoss(**BETAS, kl_weight=0.5, sft_weight=0.1)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected, actual = (value_and_grads(function, batch) for function in (module, compiled))
+    torch.testing.assert_close(actual[1:], expected[1:], rtol=1e-12, atol=1e-14)
+    replace(batch, "topk_ids", (0, 0, 0), 17)
+    with pytest.raises(RuntimeError, match=r"teacher\.topk_ids: the student's head has 17 rows"):
+        compiled(**batch)
 
 
 def test_import_is_light():

@@ -44,11 +44,11 @@ class TeacherTargets(NamedTuple):
         wide = torch.promote_types(self.label_logps.dtype, torch.float32)
         return self.label_logps.masked_fill(~valid, 0).sum(-1, dtype=wide)
 
-    def masked(self, valid: Tensor, vocabulary: int) -> "TeacherTargets":
-        """The same top-k with log-probabilities of 0 outside `valid [2B, T]`, so that nothing there can reach a loss.
+    def checked_topk(self, valid: Tensor, vocabulary: int) -> "TeacherTargets":
+        """Itself, or ValueError if `topk_ids`, `topk_logps` and `topk_tail` cannot be compared with a student's.
 
-        Raises ValueError if, inside, a log-probability is NaN or positive or an id is not below `vocabulary`, or if a
-        shape does not go with that of `valid`.
+        Their shapes must go with that of `valid [2B, T]`, and where it is true log-probabilities must be neither NaN
+        nor positive and ids below `vocabulary`, the rows of the student's head.
         """
         masked = ~valid[..., None]
         _check_shape("topk_tail", self.topk_tail, valid.shape)
@@ -64,9 +64,7 @@ class TeacherTargets(NamedTuple):
             f"the student's head has {vocabulary} rows and every id must be one of them; if the teacher's vocabulary "
             "is larger, capture its targets with the ids beyond the student's folded into the tail",
         )
-        return self._replace(
-            topk_logps=self.topk_logps.masked_fill(masked, 0), topk_tail=self.topk_tail.masked_fill(~valid, 0)
-        )
+        return self
 
 
 def _check_shape(name: str, given: Tensor, needed: tuple[int, ...]) -> None:
