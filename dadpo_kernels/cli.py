@@ -5,7 +5,6 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 
 COMMANDS = {
     "teacher": "run a teacher over preference pairs once and cache its targets",
@@ -24,7 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"commands:\n{rows}\n\n`dadpo COMMAND --help` shows a command's arguments.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"dadpo-kernels {version('dadpo-kernels')}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("command", metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")

@@ -39,19 +39,19 @@ def lm_head(model: nn.Module) -> LMHead:
         ValueError: the head is not one product with one weight matrix: LoRA on it, quantised, offloaded, a module of
             its own; or the model is an encoder-decoder.
     """
-    model = unwrap(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    causal = unwrap(model)
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
     if head is None:
         raise TypeError(
-            f"{type(model).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head weights to "
-            "the losses yourself"
+            f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
+            "weights to the losses yourself"
         )
     if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
         head = head.modules_to_save[head.active_adapters[0]]
-    _check_head(type(model).__name__, head)
-    config = model.config.get_text_config()
+    _check_head(type(causal).__name__, head)
+    config = causal.config.get_text_config()
     if config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are supported")
+        raise ValueError(f"{type(causal).__name__} is an encoder-decoder: only decoder-only models are supported")
     scale = 1.0
     for name in _MULTIPLIERS:
         scale *= _number(config, name) or 1.0
@@ -73,10 +73,12 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *
         attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Pad on the right: models number positions from 0.
         kwargs: further arguments of the base model's forward.
     """
-    model = unwrap(model)
-    base = getattr(model, "base_model", model)
-    if base is model:
-        raise TypeError(f"{type(model).__name__} keeps no base model beside its head, so its hidden states are not known")
+    causal = unwrap(model)
+    base = getattr(causal, "base_model", causal)
+    if base is causal:
+        raise TypeError(
+            f"{type(causal).__name__} keeps no base model beside its head, so its hidden states are not known"
+        )
     output = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
     return output.last_hidden_state
 
@@ -92,17 +94,17 @@ def check_lm_head(model: nn.Module) -> None:
     Raises:
         ValueError: they differ by more than rounding.
     """
-    model = unwrap(model)
-    head = lm_head(model)
-    device = model.get_input_embeddings().weight.device
+    causal = unwrap(model)
+    head = lm_head(causal)
+    device = causal.get_input_embeddings().weight.device
     input_ids = torch.arange(1, 9, device=device)[None] % head.weight.shape[0]
-    training = model.training
-    model.eval()
+    training = causal.training
+    causal.eval()
     try:
-        own = model(input_ids=input_ids, use_cache=False).logits.float()
-        hidden = hidden_states(model, input_ids, torch.ones_like(input_ids)).to(head.weight.device, head.weight.dtype)
+        own = causal(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = hidden_states(causal, input_ids, torch.ones_like(input_ids)).to(head.weight.device, head.weight.dtype)
     finally:
-        model.train(training)
+        causal.train(training)
     logits = nn.functional.linear(hidden, head.weight, head.bias).float() * head.logit_scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -110,7 +112,7 @@ def check_lm_head(model: nn.Module) -> None:
     allowed = 16 * torch.finfo(head.weight.dtype).eps * max(own.abs().max().item(), logits.abs().max().item())
     if not error <= allowed:
         raise ValueError(
-            f"the logits of {type(model).__name__} are not those of its head (they differ by {error:.3g}, rounding "
+            f"the logits of {type(causal).__name__} are not those of its head (they differ by {error:.3g}, rounding "
             f"explains {allowed:.3g}): it does something between base model and softmax that is not supported. "
             f"Understood from the configuration: scale {head.logit_scale:g}, softcap {head.softcap}"
         )
@@ -118,29 +120,31 @@ def check_lm_head(model: nn.Module) -> None:
 
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside wrappers of data parallelism, `torch.compile` and PEFT (adapters stay active)."""
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):
-            if any(config.is_prompt_learning for config in model.peft_config.values()):
+        if hasattr(inner, "get_base_model"):
+            if any(config.is_prompt_learning for config in inner.peft_config.values()):
                 raise ValueError(
                     "prompt-learning adapters (prompt, prefix, p-tuning) prepend tokens of their own, which the "
                     "hidden states of the base model do not show: use LoRA or train the model itself"
                 )
-            model = model.get_base_model()
-            continue
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+            inner = inner.get_base_model()
+        elif isinstance(wrapped := getattr(inner, "_orig_mod", getattr(inner, "module", None)), nn.Module):
+            inner = wrapped
+        else:
+            return inner
 
 
 def _check_head(model: str, head: Any) -> None:
     if hasattr(head, "base_layer"):
         raise ValueError(
-            f"the LM head of {model} has a PEFT adapter on it ({type(head).__name__}), so it is not one weight matrix: "
-            'take "lm_head" out of target_modules (modules_to_save=["lm_head"] is fine), or merge the adapter'
+            f"the LM head of {model} has a PEFT adapter on it ({type(head).__name__}), so it is not one weight "
+            'matrix: take "lm_head" out of target_modules (modules_to_save=["lm_head"] is fine), or merge the adapter'
         )
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(f"the LM head of {model} is a {type(head).__name__}: only a plain torch.nn.Linear is supported")
+        raise ValueError(
+            f"the LM head of {model} is a {type(head).__name__}: only a plain torch.nn.Linear is supported"
+        )
     if head.weight.is_meta:
         raise ValueError(
             f"the LM head of {model} is offloaded (its weight is on the meta device): keep lm_head on a device"

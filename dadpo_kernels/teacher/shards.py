@@ -1,0 +1,286 @@
+"""A directory of Parquet shards with a manifest, written so that a kill at any moment loses no finished shard.
+
+    DIR/manifest.json     settings, and for each shard its file, size, SHA-256, the indices of its pairs, totals
+    DIR/shard-00000.parquet ...
+    DIR/reference/            the same again, for the reference's log-probabilities
+
+Every file is written under a temporary name, synced and renamed; a shard counts once the manifest lists it. What a
+kill leaves beside that (a temporary file, a shard not listed yet) is overwritten by the next run.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import (
+    CacheBusyError,
+    CacheChecksumError,
+    CacheFormatError,
+    CacheIncompleteError,
+    CacheSettingsError,
+    CacheTruncatedError,
+    CacheVersionError,
+)
+
+FORMAT = "dadpo-cache"
+VERSION = 1
+MANIFEST = "manifest.json"
+REFERENCE = "reference"  # the sub-directory of a teacher cache where its reference's log-probabilities are
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file. `index`: the source indices of its rows, in order; `tokens`: answer tokens in it;
+    `max_id`: the largest token id anywhere in it."""
+
+    file: str
+    bytes: int
+    sha256: str
+    index: list[int]
+    tokens: int
+    max_id: int
+
+
+@dataclass
+class Manifest:
+    """`settings` are what a resumed capture must agree in; `info` is for people."""
+
+    kind: str
+    settings: dict[str, Any]
+    info: dict[str, Any]
+    shards: list[Shard] = field(default_factory=list)
+
+    def index(self) -> set[int]:
+        return {i for shard in self.shards for i in shard.index}
+
+    def dump(self) -> bytes:
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return (json.dumps(document, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(directory: Path, kind: str) -> Manifest:
+    """Parse and check `directory/manifest.json`.
+
+    Raises:
+        CacheFormatError: there is none, it is not JSON, it lacks or mistypes a field, or a pair occurs twice.
+        CacheVersionError: its version is not `VERSION`.
+    """
+    path = directory / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheFormatError(f"{directory} is no {kind} cache: it has no {MANIFEST}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CacheFormatError(f"{path} is not JSON ({error}): capture again") from error
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise CacheFormatError(f"{path} is not the manifest of a {FORMAT}")
+    if (found := document.pop("version", None)) != VERSION:
+        raise CacheVersionError(
+            f"{directory} has version {found!r} of the format and this package reads version {VERSION}: capture "
+            "again, or install the dadpo-kernels that wrote it"
+        )
+    manifest = _typed(Manifest, document, path)
+    if manifest.kind != kind:
+        raise CacheFormatError(f"{directory} is a cache of kind {manifest.kind!r}, {kind!r} is needed")
+    manifest.shards = [_typed(Shard, shard, path) for shard in manifest.shards]
+    listed = [i for shard in manifest.shards for i in shard.index]
+    if not all(type(number) is int for number in [*listed, manifest.settings.get("pairs")]):
+        raise CacheFormatError(f"{path} is malformed: settings.pairs and every index must be integers")
+    if any(Path(shard.file).name != shard.file for shard in manifest.shards):
+        raise CacheFormatError(f"{path} is malformed: a shard's file is not a plain file name")
+    if len(set(listed)) != len(listed):
+        raise CacheFormatError(f"{path} lists a pair more than once")
+    return manifest
+
+
+def read_complete(directory: Path, kind: str, *, verify: bool) -> Manifest:
+    """`read_manifest`, and all shards there: sizes always, SHA-256 if `verify`.
+
+    Raises:
+        CacheIncompleteError, CacheTruncatedError, CacheChecksumError, and those of `read_manifest`.
+    """
+    manifest = read_manifest(directory, kind)
+    if len(manifest.index()) != manifest.settings["pairs"]:
+        raise CacheIncompleteError(
+            f"{directory} holds {len(manifest.index())} of {manifest.settings['pairs']} pairs: run the same "
+            f"`dadpo {kind}` command again, it goes on where it stopped"
+        )
+    for shard in manifest.shards:
+        path, size = directory / shard.file, _size(directory, shard)
+        if size != shard.bytes:
+            state = "is missing" if size is None else f"has {size} bytes"
+            raise CacheTruncatedError(
+                f"{path} {state}, {shard.bytes} bytes were written: copy it again or capture again"
+            )
+        if verify:
+            check_sha256(path, shard.sha256)
+    return manifest
+
+
+def _size(directory: Path, shard: Shard) -> int | None:
+    path = directory / shard.file
+    return path.stat().st_size if path.is_file() else None
+
+
+def check_sha256(path: Path, expected: str) -> bytes:
+    """The file's content, or CacheChecksumError."""
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise CacheChecksumError(
+            f"{path} has changed since it was written (SHA-256 differs): copy it again or capture again"
+        )
+    return content
+
+
+class ShardWriter:
+    """Opens a directory for writing and holds its lock; goes on with what an interrupted run left there.
+
+    Raises:
+        CacheSettingsError: the directory holds a capture with other settings.
+        CacheBusyError: another process holds the lock.
+    """
+
+    def __init__(self, directory: Path, kind: str, settings: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(directory)
+        if (directory / MANIFEST).exists():
+            self.manifest = read_manifest(directory, kind)
+            _check_same(directory, self.manifest.settings, settings)
+            # A shard that was deleted or cut since is captured again.
+            self.manifest.shards = [shard for shard in self.manifest.shards if _size(directory, shard) == shard.bytes]
+        else:
+            self.manifest = Manifest(kind, dict(settings), dict(info))
+            self.write_file(MANIFEST, self.manifest.dump())
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def write_shard(self, number: int, table: pa.Table, *, tokens: int, max_id: int) -> None:
+        """Write shard `number` and list it. One row a row group: a random pair is read without its neighbours."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            table, sink, row_group_size=1, compression="zstd", compression_level=3,
+            use_dictionary=False, write_statistics=False, write_page_checksum=True,
+        )  # fmt: skip
+        content = sink.getvalue().to_pybytes()
+        file = f"shard-{number:05d}.parquet"
+        self.write_file(file, content)
+        digest = hashlib.sha256(content).hexdigest()
+        index = table["index"].to_pylist()
+        self.manifest.shards.append(Shard(file, len(content), digest, index, tokens, max_id))
+        self.write_file(MANIFEST, self.manifest.dump())
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Atomically: after a crash there is the old file or the new one, never a part."""
+        temporary = self.directory / f".{name}.tmp"
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.directory / name)
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class RowReader:
+    """Rows of a directory's shards by position. Shards stay open, as memory maps, up to a limit."""
+
+    OPEN_FILES = 256
+
+    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+        self._directory = directory
+        self._schema = schema
+        self._files: dict[str, pq.ParquetFile] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # a data-loading worker opens its own
+
+    def read(self, shard: Shard, row: int) -> dict[str, Any]:
+        """Row `row` of `shard` as Python values, page checksums verified."""
+        with self._reading(shard.file):
+            table = self._file(shard).read_row_group(row, use_threads=False)
+            found = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
+        if found["index"] != shard.index[row]:
+            raise CacheFormatError(
+                f"{shard.file} has pair {found['index']} in row {row}, the manifest says {shard.index[row]}"
+            )
+        return found
+
+    def read_columns(self, shard: Shard, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Some columns of all rows of `shard`."""
+        with self._reading(shard.file):
+            rows = self._file(shard).read(columns=list(columns), use_threads=False).to_pylist()
+        if [row["index"] for row in rows] != shard.index:
+            raise CacheFormatError(f"the pairs in {shard.file} are not those that the manifest lists")
+        return rows
+
+    def _file(self, shard: Shard) -> pq.ParquetFile:
+        if shard.file not in self._files:
+            if len(self._files) >= self.OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            file = pq.ParquetFile(self._directory / shard.file, memory_map=True, page_checksum_verification=True)
+            if file.schema_arrow.remove_metadata() != self._schema:
+                raise CacheFormatError(f"{shard.file} has other columns than the format: {file.schema_arrow.names}")
+            if file.metadata.num_rows != len(shard.index) or file.num_row_groups != len(shard.index):
+                raise CacheFormatError(
+                    f"{shard.file} has {file.metadata.num_rows} rows in {file.num_row_groups} row groups, "
+                    f"{len(shard.index)} of each are needed"
+                )
+            self._files[shard.file] = file
+        return self._files[shard.file]
+
+    @contextlib.contextmanager
+    def _reading(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:  # a failed page checksum is an OSError
+            raise CacheChecksumError(f"{self._directory / file} cannot be read ({error}): copy it again") from error
+
+
+def _check_same(directory: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    different = [
+        f"{name} is {found.get(name)!r} there and {asked.get(name)!r} now"
+        for name in dict.fromkeys((*found, *asked))
+        if found.get(name) != asked.get(name)
+    ]
+    if different:
+        raise CacheSettingsError(
+            f"{directory} holds a capture with other settings: {'; '.join(different)}. Give the same settings to "
+            "resume it, write to another directory, or delete this one"
+        )
+
+
+def _lock(directory: Path) -> int:
+    import fcntl  # Unix only; reading a cache does not need it
+
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CacheBusyError(f"another process is writing to {directory}: wait for it or stop it") from None
+    return descriptor
+
+
+def _typed(cls: Any, document: Any, path: Path) -> Any:
+    """A dataclass from a JSON object with exactly its fields and their outer types."""
+    expected: dict[str, Any] = {f.name: getattr(f.type, "__origin__", f.type) for f in fields(cls)}
+    if not isinstance(document, dict) or {name: type(value) for name, value in document.items()} != expected:
+        needed = ", ".join(f"{name}: {t.__name__}" for name, t in expected.items())
+        raise CacheFormatError(f"{path} is malformed: each {cls.__name__.lower()} needs {{{needed}}}")
+    return cls(**document)

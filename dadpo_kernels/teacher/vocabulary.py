@@ -1,0 +1,44 @@
+"""Which token each id of a cache means: stored with it, so that another tokenizer is refused and the reason shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CacheFormatError, CacheTokenizerError
+from .shards import Manifest, check_sha256
+
+VOCABULARY = "vocabulary.json"
+
+
+def vocabulary(tokenizer: Any) -> list[str | None]:
+    """The token of each id, added tokens included; None where the tokenizer has no token of this id."""
+    by_id: dict[int, str] = {}
+    for token, number in sorted(tokenizer.get_vocab().items()):
+        by_id.setdefault(number, token)
+    return [by_id.get(number) for number in range(max(by_id, default=-1) + 1)]
+
+
+def vocabulary_file(tokens: list[str | None]) -> bytes:
+    """Content of a cache's `vocabulary.json`; its SHA-256 is the tokenizer's fingerprint."""
+    return (json.dumps(tokens, ensure_ascii=True, indent=0) + "\n").encode()
+
+
+def check_vocabulary(directory: Path, manifest: Manifest, tokenizer: Any) -> None:
+    """Compare the vocabulary stored in a teacher cache with a tokenizer's, id by id.
+
+    Ids that only one of them has are no difference: models of a family pad or extend their vocabularies.
+
+    Raises:
+        CacheTokenizerError: an id is another token here than there.
+        CacheChecksumError, CacheFormatError: the stored vocabulary is damaged or missing.
+    """
+    path = directory / VOCABULARY
+    if not path.is_file():
+        raise CacheFormatError(f"{path} is missing: copy it again or capture again")
+    stored = json.loads(check_sha256(path, manifest.settings["tokenizer_sha256"]))
+    for number, (there, here) in enumerate(zip(stored, vocabulary(tokenizer), strict=False)):
+        if there != here and there is not None and here is not None:
+            raise CacheTokenizerError(
+                f"{directory} was captured with another tokenizer: id {number} is {there!r} there and {here!r} in the "
+                "one given. Teacher and student must share their tokenizer"
+            )
