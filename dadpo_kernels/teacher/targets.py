@@ -61,8 +61,8 @@ class TeacherTargets(NamedTuple):
             (self.topk_ids >= 0) & (self.topk_ids < vocabulary) | masked,
             self.topk_ids,
             "teacher.topk_ids",
-            f"the student's head has {vocabulary} rows and every id must be one of them; if the teacher's vocabulary "
-            "is larger, capture its targets with the ids beyond the student's folded into the tail",
+            f"the student's head has {vocabulary} rows and every id must be one of them: resize the student's "
+            "embeddings to the teacher's vocabulary, or capture from a teacher of its family",
         )
         return self
 
