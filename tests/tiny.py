@@ -6,7 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the teacher reads a long answer and the student writes short ones when nobody looks at its tokens".split()
+TEXT = "the teacher reads a long answer and the student writes short ones when nobody looks at its tokens"
+WORDS = TEXT.split()
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -20,7 +21,7 @@ def tiny_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     special = ["<|start|>", "<|end|>", "<|eos|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
-    bpe.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    bpe.train_from_iterator([TEXT] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|eos|>", chat_template=TEMPLATE)
 
 
@@ -28,8 +29,8 @@ def tiny_llama(vocab_size: int = 320, seed: int = 0, dtype: torch.dtype = torch.
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, pad_token_id=None, bos_token_id=None,
-        eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, pad_token_id=None,
+        bos_token_id=None, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
 

@@ -25,8 +25,8 @@ def load_model(
         name: a model of the hub, or a directory.
         revision: branch, tag or commit on the hub.
         gguf_file: a GGUF file there; it is expanded to ordinary weights (needs the package `gguf`).
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on an accelerator, and float32 on a
-            CPU, where it is exact and mostly no slower.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on an accelerator, and float32
+            on a CPU.
         device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: spread over the accelerators there are, else the CPU.
     """
     if device == "auto" and not torch.accelerator.is_available():
