@@ -26,7 +26,7 @@ from .rows import (
     reference_row,
     teacher_row,
 )
-from .shards import REFERENCE, Manifest, RowReader, ShardWriter, read_complete
+from .shards import REFERENCE, Manifest, RowReader, ShardWriter, read_complete, writing
 from .vocabulary import VOCABULARY, check_vocabulary, vocabulary, vocabulary_file
 
 Score = Callable[[Tensor, Tensor], dict[str, np.ndarray]]  # hidden [N, H], labels [N] -> arrays [N, ...]
@@ -97,7 +97,7 @@ def capture_teacher(
         }
         return {name: values.cpu().numpy() for name, values in columns.items()}
 
-    with ShardWriter(Path(out), "teacher", settings, info) as writer:
+    with writing(Path(out), "teacher", settings, info) as writer:
         writer.write_file(VOCABULARY, tokens)
         _run(
             causal, head, data.pairs, writer, score, teacher_row, TEACHER_SCHEMA, batch_tokens, shard_tokens, progress
@@ -145,7 +145,7 @@ def capture_reference(
         }
 
     directory = cache / REFERENCE if out is None else Path(out)
-    with ShardWriter(directory, "reference", settings, {"model": _name(causal)}) as writer:
+    with writing(directory, "reference", settings, {"model": _name(causal)}) as writer:
         _run(causal, head, pairs, writer, score, reference_row, REFERENCE_SCHEMA, batch_tokens, shard_tokens, progress)
         return writer.manifest
 

@@ -49,8 +49,6 @@ class PairDataset(Dataset[dict[str, Any]]):
         directory = Path(cache_dir)
         self.manifest = read_complete(directory, "teacher", verify=verify)
         settings = self.manifest.settings
-        if not all(type(settings.get(name)) is int for name in ("k", "vocab_size")):
-            raise CacheFormatError(f"{directory / MANIFEST} is malformed: settings.k and vocab_size must be integers")
         self.k: int = settings["k"]
         self.vocab_size: int = settings["vocab_size"] if vocab_size is None else vocab_size
         for shard in self.manifest.shards:
@@ -103,7 +101,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         manifest = read_complete(directory, "reference", verify=verify)
         reader = RowReader(directory, REFERENCE_SCHEMA)
         rows = {r["index"]: r for s in manifest.shards for r in reader.read_columns(s, REFERENCE_SCHEMA.names)}
-        same_tokens = manifest.settings.get("tokens_sha256") == self.manifest.settings.get("tokens_sha256")
+        same_tokens = manifest.settings["tokens_sha256"] == self.manifest.settings["tokens_sha256"]
         if not same_tokens or rows.keys() != self.manifest.index():
             raise CacheReferenceError(
                 f"{directory} belongs to other pairs than the cache: run `dadpo reference` again"

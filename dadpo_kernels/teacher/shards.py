@@ -34,6 +34,11 @@ FORMAT = "dadpo-cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the sub-directory of a teacher cache where its reference's log-probabilities are
+# What readers rely on; a capture records more, so that a resumed one can be compared with it.
+REQUIRED_SETTINGS: dict[str, dict[str, type]] = {
+    "teacher": {"pairs": int, "k": int, "vocab_size": int, "tokens_sha256": str, "tokenizer_sha256": str},
+    "reference": {"pairs": int, "tokens_sha256": str},
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,11 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         raise CacheFormatError(f"{directory} is a cache of kind {manifest.kind!r}, {kind!r} is needed")
     manifest.shards = [_typed(Shard, shard, path) for shard in manifest.shards]
     listed = [i for shard in manifest.shards for i in shard.index]
-    if not all(type(number) is int for number in [*listed, manifest.settings.get("pairs")]):
-        raise CacheFormatError(f"{path} is malformed: settings.pairs and every index must be integers")
+    if not all(type(number) is int for number in listed):
+        raise CacheFormatError(f"{path} is malformed: every index must be an integer")
+    for name, needed in REQUIRED_SETTINGS[kind].items():
+        if type(manifest.settings.get(name)) is not needed:
+            raise CacheFormatError(f"{path} is malformed: settings.{name} must be of type {needed.__name__}")
     if any(Path(shard.file).name != shard.file for shard in manifest.shards):
         raise CacheFormatError(f"{path} is malformed: a shard's file is not a plain file name")
     if len(set(listed)) != len(listed):
@@ -140,32 +148,36 @@ def check_sha256(path: Path, expected: str) -> bytes:
     return content
 
 
-class ShardWriter:
-    """Opens a directory for writing and holds its lock; goes on with what an interrupted run left there.
+@contextlib.contextmanager
+def writing(
+    directory: Path, kind: str, settings: Mapping[str, Any], info: Mapping[str, Any]
+) -> Iterator["ShardWriter"]:
+    """Open a directory for writing, and go on with what an interrupted run left there.
 
     Raises:
         CacheSettingsError: the directory holds a capture with other settings.
-        CacheBusyError: another process holds the lock.
+        CacheBusyError: another process is writing to it.
     """
-
-    def __init__(self, directory: Path, kind: str, settings: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-        self.directory = directory
-        directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
         if (directory / MANIFEST).exists():
-            self.manifest = read_manifest(directory, kind)
-            _check_same(directory, self.manifest.settings, settings)
+            manifest = read_manifest(directory, kind)
+            _check_same(directory, manifest.settings, settings)
             # A shard that was deleted or cut since is captured again.
-            self.manifest.shards = [shard for shard in self.manifest.shards if _size(directory, shard) == shard.bytes]
+            manifest.shards = [shard for shard in manifest.shards if _size(directory, shard) == shard.bytes]
+            yield ShardWriter(directory, manifest)
         else:
-            self.manifest = Manifest(kind, dict(settings), dict(info))
-            self.write_file(MANIFEST, self.manifest.dump())
+            writer = ShardWriter(directory, Manifest(kind, dict(settings), dict(info)))
+            writer.write_file(MANIFEST, writer.manifest.dump())
+            yield writer
 
-    def __enter__(self) -> "ShardWriter":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+@dataclass
+class ShardWriter:
+    """Adds files to a directory that `writing` has opened."""
+
+    directory: Path
+    manifest: Manifest
 
     def write_shard(self, number: int, table: pa.Table, *, tokens: int, max_id: int) -> None:
         """Write shard `number` and list it. One row a row group: a random pair is read without its neighbours."""
@@ -180,6 +192,7 @@ class ShardWriter:
         digest = hashlib.sha256(content).hexdigest()
         index = table["index"].to_pylist()
         self.manifest.shards.append(Shard(file, len(content), digest, index, tokens, max_id))
+        self.manifest.shards.sort(key=lambda shard: shard.file)
         self.write_file(MANIFEST, self.manifest.dump())
 
     def write_file(self, name: str, content: bytes) -> None:
@@ -265,16 +278,16 @@ def _check_same(directory: Path, found: Mapping[str, Any], asked: Mapping[str, A
         )
 
 
-def _lock(directory: Path) -> int:
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     import fcntl  # Unix only; reading a cache does not need it
 
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CacheBusyError(f"another process is writing to {directory}: wait for it or stop it") from None
-    return descriptor
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
+        except BlockingIOError:
+            raise CacheBusyError(f"another process is writing to {directory}: wait for it or stop it") from None
+        yield
 
 
 def _typed(cls: Any, document: Any, path: Path) -> Any:
