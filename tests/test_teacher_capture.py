@@ -118,6 +118,15 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path, change, named
     assert content(tmp_path) == before
 
 
+def test_a_run_that_failed_at_once_is_in_nobodys_way(tmp_path):
+    with pytest.raises(ValueError, match="k=321"):
+        capture_teacher(tiny_llama(), TOKENIZER, data(), tmp_path, k=321)
+    with pytest.raises(ValueError, match="batch_tokens must be at least 1, got 0"):
+        capture_teacher(tiny_llama(), TOKENIZER, data(), tmp_path, k=K, batch_tokens=0)
+    run(tmp_path)
+    assert len(PairDataset(tmp_path)) == 12
+
+
 def test_a_finished_shard_that_was_lost_is_captured_again(tmp_path):
     whole = run(tmp_path)
     shard = next(tmp_path.glob("shard-*.parquet"))

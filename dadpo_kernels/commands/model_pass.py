@@ -53,5 +53,5 @@ def load(args: argparse.Namespace) -> Any:
 def summary(directory: Path, manifest: "Manifest") -> str:
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
-    counts = f"{manifest.settings['pairs']} pairs, {tokens} answer tokens, {len(manifest.shards)} shards"
+    counts = f"{manifest.settings['pairs']} pairs, {tokens} answer tokens, {len(manifest.shards)} shard(s)"
     return f"{directory}: {counts}, {size / tokens:.1f} bytes a token"

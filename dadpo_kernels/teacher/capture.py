@@ -1,5 +1,6 @@
 """The pass of a frozen model over preference pairs: the teacher's targets, or a reference's log-probabilities."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -209,11 +210,10 @@ def _run(
     done = writer.manifest.index()
     total = sum(pair.answer_tokens for pair in pairs)
     initial = sum(shard.tokens for shard in writer.manifest.shards)
-    training = model.training
-    model.eval()
-    with tqdm(
+    bar = tqdm(
         total=total, initial=initial, unit="tok", unit_scale=True, desc=writer.manifest.kind, disable=not progress
-    ) as bar:
+    )
+    with bar, _evaluating(model):
         for number, shard in enumerate(plan_shards(pairs, shard_tokens)):
             if shard[0].index in done:  # a shard is written whole, so its first pair stands for it
                 continue
@@ -226,7 +226,16 @@ def _run(
                 bar.update(sum(pair.answer_tokens for pair in batch))
             tokens = sum(pair.answer_tokens for pair in shard)
             writer.write_shard(number, pa.Table.from_pylist(rows, schema), tokens=tokens, max_id=max_id)
-    model.train(training)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _score_batch(

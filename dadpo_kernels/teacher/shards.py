@@ -160,13 +160,13 @@ def writing(
     """
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
-        if (directory / MANIFEST).exists():
-            manifest = read_manifest(directory, kind)
-            _check_same(directory, manifest.settings, settings)
+        found = read_manifest(directory, kind) if (directory / MANIFEST).exists() else None
+        if found is not None and found.shards:
+            _check_same(directory, found.settings, settings)
             # A shard that was deleted or cut since is captured again.
-            manifest.shards = [shard for shard in manifest.shards if _size(directory, shard) == shard.bytes]
-            yield ShardWriter(directory, manifest)
-        else:
+            found.shards = [shard for shard in found.shards if _size(directory, shard) == shard.bytes]
+            yield ShardWriter(directory, found)
+        else:  # nothing yet, or a run that failed before its first shard
             writer = ShardWriter(directory, Manifest(kind, dict(settings), dict(info)))
             writer.write_file(MANIFEST, writer.manifest.dump())
             yield writer
