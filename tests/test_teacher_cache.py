@@ -18,7 +18,7 @@ from dadpo_kernels.teacher import errors
 from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
 from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
 from dadpo_kernels.teacher.pairs import Pair, tokenize_pairs
-from dadpo_kernels.teacher.rows import TEACHER_SCHEMA, read_pair, read_targets, teacher_row
+from dadpo_kernels.teacher.rows import TEACHER_SCHEMA, pack, read_pair, read_targets, teacher_row, unpack
 from dadpo_kernels.teacher.shards import MANIFEST, writing
 
 TOKENIZER = tiny_tokenizer()
@@ -194,25 +194,26 @@ def rewrite(cache, change):
     return rows[0]["index"]
 
 
-def patched(values, at, value):
-    values = values.copy()
-    values[at] = value
-    return values.tobytes()
+def patched(content, name, value):
+    values = unpack(content, name)
+    values[-1] = value
+    return pack(values, name)
 
 
 @pytest.mark.parametrize(
-    ("column", "dtype", "value", "error"),
+    ("column", "value", "error"),
     [
-        ("chosen_topk_ids", "<i4", -1, errors.CacheVocabularyError),
-        ("rejected_topk_ids", "<i4", V, errors.CacheVocabularyError),
-        ("prompt_ids", "<i4", V, errors.CacheVocabularyError),
-        ("chosen_label_logps", "<f4", np.nan, errors.CacheFormatError),
-        ("rejected_topk_logps", "<f2", 0.5, errors.CacheFormatError),
-        ("chosen_topk_tail", "<f4", np.inf, errors.CacheFormatError),
+        ("chosen_topk_ids", -1, errors.CacheVocabularyError),
+        ("rejected_topk_ids", V, errors.CacheVocabularyError),
+        ("prompt_ids", V, errors.CacheVocabularyError),
+        ("chosen_label_logps", np.nan, errors.CacheFormatError),
+        ("rejected_topk_logps", 0.5, errors.CacheFormatError),
+        ("chosen_topk_tail", np.inf, errors.CacheFormatError),
     ],
 )
-def test_a_bad_value_is_told_with_its_pair(cache, column, dtype, value, error):
-    index = rewrite(cache, lambda row: row.update({column: patched(np.frombuffer(row[column], dtype), -1, value)}))
+def test_a_bad_value_is_told_with_its_pair(cache, column, value, error):
+    name = "ids" if column == "prompt_ids" else column.split("_", 1)[1]
+    index = rewrite(cache, lambda row: row.update({column: patched(row[column], name, value)}))
     dataset = PairDataset(cache)
     with pytest.raises(error, match=f"pair {index}"):
         dataset[index]

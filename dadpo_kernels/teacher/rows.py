@@ -1,4 +1,9 @@
-"""One pair as a row of the cache: binary columns, little-endian, checked when they are read."""
+"""One pair as a row of the cache: binary columns of fixed-width little-endian numbers, checked when they are read.
+
+The bytes of a column are grouped by significance (all lowest bytes, then all second ones, ...; Parquet calls this
+BYTE_STREAM_SPLIT, but has it for no type that reads as fast as binary). zstd then makes top-64 targets about 15%
+smaller: 201 instead of 237 bytes a token on SmolLM2's.
+"""
 
 from typing import Any
 
@@ -38,10 +43,10 @@ REFERENCE_SCHEMA = pa.schema(
 
 def teacher_row(pair: Pair, chosen: dict[str, np.ndarray], rejected: dict[str, np.ndarray]) -> dict[str, Any]:
     """A row of `TEACHER_SCHEMA`; `chosen` and `rejected` hold the arrays that `ANSWER_COLUMNS` names, but the ids."""
-    row: dict[str, Any] = {"index": pair.index, "prompt_ids": _pack(pair.prompt_ids, "ids")}
+    row: dict[str, Any] = {"index": pair.index, "prompt_ids": pack(pair.prompt_ids, "ids")}
     for side, ids, targets in (("chosen", pair.chosen_ids, chosen), ("rejected", pair.rejected_ids, rejected)):
-        row[f"{side}_ids"] = _pack(ids, "ids")
-        row |= {f"{side}_{name}": _pack(values, name) for name, values in targets.items()}
+        row[f"{side}_ids"] = pack(ids, "ids")
+        row |= {f"{side}_{name}": pack(values, name) for name, values in targets.items()}
     return row
 
 
@@ -57,7 +62,7 @@ def reference_row(pair: Pair, chosen: dict[str, np.ndarray], rejected: dict[str,
 def read_pair(row: dict[str, Any]) -> Pair:
     """The token ids of a row that has `TOKEN_COLUMNS` at least."""
     where = f"pair {row['index']}"
-    ids = (_unpack(row[name], "ids", f"{where}, {name}") for name in TOKEN_COLUMNS[1:])
+    ids = (unpack(row[name], "ids", f"{where}, {name}") for name in TOKEN_COLUMNS[1:])
     pair = Pair(row["index"], *ids)
     for name in TOKEN_COLUMNS[1:]:
         if not len(getattr(pair, name)):
@@ -78,7 +83,7 @@ def read_targets(row: dict[str, Any], pair: Pair, k: int, vocab_size: int) -> di
         for name in ("label_logps", "topk_ids", "topk_logps", "topk_tail"):
             column = f"{side}_{name}"
             shape = (len(answer), k) if name in ("topk_ids", "topk_logps") else (len(answer),)
-            values = _unpack(row[column], name, f"{where}, {column}")
+            values = unpack(row[column], name, f"{where}, {column}")
             if values.size != np.prod(shape):
                 raise CacheFormatError(f"{where}: {column} holds {values.size} values, {list(shape)} are needed")
             if values.dtype.kind == "f" and not (values <= 1e-3).all():  # a log-probability, up to rounding
@@ -102,12 +107,16 @@ def check_ids(where: str, ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def _pack(values: np.ndarray, name: str) -> bytes:
-    return values.astype(ANSWER_COLUMNS[name], copy=False).tobytes()
+def pack(values: np.ndarray, name: str) -> bytes:
+    """An array as the content of a binary column of the type that `ANSWER_COLUMNS` gives for `name`."""
+    dtype = ANSWER_COLUMNS[name]
+    return values.astype(dtype).reshape(-1, 1).view(np.uint8).T.tobytes()
 
 
-def _unpack(content: bytes, name: str, where: str) -> np.ndarray:
+def unpack(content: bytes, name: str, where: str = "") -> np.ndarray:
+    """The array, flat. Raises CacheFormatError if the content is no whole number of values."""
     dtype = ANSWER_COLUMNS[name]
     if len(content) % dtype.itemsize:
         raise CacheFormatError(f"{where}: {len(content)} bytes are no whole number of {dtype.name}")
-    return np.frombuffer(content, dtype)
+    planes = np.frombuffer(content, np.uint8).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
