@@ -66,7 +66,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.devi
 def check_range(name: str, ids: Tensor, vocab: int) -> None:
     """Every id lies in `[0, vocab)`."""
     remedy = (
-        f"outside the head's vocabulary [0, {vocab}); mask positions with ignore_index, and drop or fold ids of a larger "
-        "(padded) teacher vocabulary into the tail"
+        f"outside the head's vocabulary [0, {vocab}); mask positions with ignore_index; for teacher ids, resize the "
+        "student's embeddings to the teacher's vocabulary, or use a teacher of the student's family"
     )
     require((ids >= 0) & (ids < vocab), ids, name, remedy)

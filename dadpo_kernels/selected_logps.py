@@ -1,7 +1,7 @@
 """The primitive: log-probabilities of the label, of the teacher's top-k ids and of the tail, from hidden states.
 
-Every loss of this package, and any other that reads a few log-probabilities per token, is plain PyTorch on its outputs.
-With `q = softmax(z)`, `T` the top-k ids of the token, incoming gradients `g`, and `G = g_label + sum g_topk + g_tail`:
+Every loss of this package, and any other that reads a few log-probabilities per token, is plain PyTorch on its
+outputs. With `q = softmax(z)`, `T` the top-k ids of the token, incoming gradients `g`, and `G = g_label + sum g_topk + g_tail`:
 
     dz_j = (g_tail / q_tail - G) q_j          j outside T and not the label
     dz_j = -G q_j + g_topk[k] (+ g_label)     j = topk_ids[k] (and the label)
@@ -32,7 +32,7 @@ from .plan import DEFAULT_BUDGET, Plan, make_plan
 
 
 class SelectedLogps(NamedTuple):
-    """Log-probabilities in nats: `label [...]`, `topk [..., K]`, and `tail [...]`, the log of the mass outside the top k.
+    """Log-probabilities in nats: `label [...]`, `topk [..., K]`, `tail [...]`: the log of the mass outside the top k.
 
     float32 (float64 for float64 inputs); 0 where the label is `ignore_index`.
     """
@@ -59,11 +59,13 @@ def linear_selected_logps(
     """Selected log-probabilities of `softmax(z)` without `[tokens, V]` logits, differentiable once.
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
-        label[n] = log q[n, labels[n]],  topk[n, k] = log q[n, topk_ids[n, k]],  tail[n] = log sum_{j not in T_n} q[n, j]
+        label[n] = log q[n, labels[n]]
+        topk[n, k] = log q[n, topk_ids[n, k]]
+        tail[n] = log sum_j q[n, j] over the j that are not in topk_ids[n]
 
     Args:
         hidden: `[..., H]` float32, bfloat16, float16 or float64, any strides.
-        weight: `[V, H]`, the LM head's weight, of hidden's dtype (under `torch.autocast` both are cast as a linear is).
+        weight: `[V, H]`, the LM head's weight, of hidden's dtype (`torch.autocast` casts both, as for a linear).
         labels: `[...]` int64 or int32, aligned: position t of `hidden` predicts `labels[t]`.
         topk_ids: `[..., K]` int64 or int32; duplicates and the label may be among them. None: no top k, `tail` is 0.
         bias: `[V]`.
@@ -181,7 +183,8 @@ class Compacted:
         hidden = hidden.contiguous() if rows == len(hidden) else hidden[self.index]
         self.head = Head(weight, bias, *transform)
         self.tiles = tiles_class(backend)(hidden, self.head, self.entries)
-        self.plan = plan_for(rows, *weight.shape, hidden.dtype, backend=backend, memory_budget=budget)
+        vocab, width = weight.shape
+        self.plan = plan_for(rows, vocab, width, hidden.dtype, backend=backend, memory_budget=budget)
 
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Values of the compacted tokens at their places, 0 elsewhere."""
@@ -202,27 +205,27 @@ def _selected_logps(
     backend: str,
     retained_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(label [N], topk [N, K], tail [N], lse [N, 2], retained [bytes])`; lse holds that of all columns and the tail's."""
+    """`(label [N], topk [N, K], tail [N], state [N, 3], retained [bytes])`; the state: lse, the tail's max and sum."""
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, retained_bytes)
     retained = hidden.new_empty(retained_bytes, dtype=torch.uint8)
     state = run_statistics(c.tiles, c.plan, retained)
     e = c.entries
-    lse_tail = state.lse
     first_of_id = torch.ones_like(e.in_topk)
     if e.ids.shape[1] > 1:
         # A duplicate counts once in the total: the first top-k entry of its id.
         same = e.ids[:, 1:] == e.ids[:, :-1]
         first_of_id[:, 1:] = ~(same & e.in_topk[:, :-1])
     inside = state.selected.where(e.in_topk & first_of_id, -torch.inf)
-    lse, tail = merge_tail(lse_tail, inside)
-    logps = torch.empty_like(state.selected).scatter_(1, e.order, state.selected - lse[:, None])
+    base, lse, tail = merge_tail(state, inside)
+    selected = (state.selected - base[:, None]) - lse[:, None]
+    logps = torch.empty_like(selected).scatter_(1, e.order, selected)
     k = logps.shape[1] - 1
     return (
         c.spread(logps[:, k], labels),
         c.spread(logps[:, :k], labels),
         c.spread(tail, labels),
-        c.spread(torch.stack([lse, lse_tail], 1), labels),
+        c.spread(torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1), labels),
         retained,
     )
 
@@ -237,37 +240,36 @@ def _(
         hidden.new_empty(len(labels), dtype=dtype),
         hidden.new_empty(len(labels), k, dtype=dtype),
         hidden.new_empty(len(labels), dtype=dtype),
-        hidden.new_empty(len(labels), 2, dtype=dtype),
+        hidden.new_empty(len(labels), 3, dtype=dtype),
         hidden.new_empty(retained_bytes, dtype=torch.uint8),
     )
 
 
-def logit_coefficients(
-    entries: Entries, head: Head, logps: Tensor, lse: Tensor, lse_tail: Tensor, grads: Tensor, has_topk: bool
-) -> Coefficients:
-    """The gradient of the raw products `hidden @ weight.T`, one scalar per token and its exact values at the entries.
+def logit_coefficients(entries: Entries, head: Head, logps: Tensor, state: Tensor, grads: Tensor) -> Coefficients:
+    """The gradient of the raw products `hidden @ weight.T`: one scalar per token, and its exact values at the entries.
 
-    `logps` and `grads` are `[n, M + 1]`: top-k, label, tail.
+    `logps` and `grads` are `[n, K + 2]`: top-k, label, tail; `state` is `[n, 3]`: lse, the tail's max and sum.
     """
-    k = logps.shape[1] - 2
+    lse, tail_max, tail_sum = state.unbind(1)
+    empty = tail_sum == 0  # the top k covers the vocabulary: log 0 takes no gradient
+    tail = logps[:, -1].masked_fill(empty, 0)
+    grads = torch.cat([grads[:, :-1], grads[:, -1:].masked_fill(empty[:, None], 0)], 1)
     total = grads.sum(1)
-    empty = lse_tail == -torch.inf
-    q_tail = (lse_tail - lse).exp()
-    g_tail = grads[:, k + 1].masked_fill(empty, 0) if has_topk else grads[:, k + 1]
-    total = torch.where(empty, total - grads[:, k + 1], total) if has_topk else total
-    c = (g_tail - total * q_tail).masked_fill(empty, 0)
+    c = (grads[:, -1] - total * tail.exp()).masked_fill(empty, 0)  # dz_j = c exp(z_j - lse_tail)
 
-    logp = logps[:, : k + 1].gather(1, entries.order)
-    q = logp.exp()
-    g, in_topk = segment_sums(entries.ids, grads[:, : k + 1].gather(1, entries.order), entries.in_topk)
-    outside = (logp - (lse_tail - lse).masked_fill(empty, 0)[:, None]).exp() * c[:, None]
-    values = torch.where(in_topk, -total[:, None] * q, outside) + g
+    logp = logps[:, :-1].gather(1, entries.order)
+    g, in_topk = segment_sums(entries.ids, grads[:, :-1].gather(1, entries.order), entries.in_topk)
+    values = torch.where(in_topk, -total[:, None] * logp.exp(), c[:, None] * (logp - tail[:, None]).exp()) + g
 
     factor = head.scale / head.temperature
     if head.softcap is not None:
         z = logp + lse[:, None]
         values = values * (1 - (z * (head.temperature / head.softcap)).square())
-    return Coefficients((c * factor).contiguous(), lse_tail.contiguous(), (values * factor).contiguous())
+    return Coefficients(
+        (c * factor / tail_sum.masked_fill(empty, 1)).contiguous(),
+        tail_max.masked_fill(empty, 0).contiguous(),
+        (values * factor).contiguous(),
+    )
 
 
 def segment_sums(ids: Tensor, grads: Tensor, in_topk: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +306,7 @@ def _selected_logps_backward(
     label: Tensor,
     topk: Tensor,
     tail: Tensor,
-    lse: Tensor,
+    state: Tensor,
     retained: Tensor,
     logit_scale: float,
     softcap: float | None,
@@ -316,15 +318,14 @@ def _selected_logps_backward(
     """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
-    rows, dtype, wide = c.plan.rows, hidden.dtype, lse.dtype
+    rows, dtype, wide = c.plan.rows, hidden.dtype, state.dtype
     grad_hidden = hidden.new_zeros(rows, c.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     grad_bias = hidden.new_empty(len(weight), dtype=wide) if needs[2] else None
     if rows:
         logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[c.index]
         grads = torch.cat([grad_topk, grad_label[:, None], grad_tail[:, None]], 1)[c.index].to(wide)
-        lse_all, lse_tail = lse[c.index].unbind(1)
-        coefficients = logit_coefficients(c.entries, c.head, logps, lse_all, lse_tail, grads, topk_ids is not None)
+        coefficients = logit_coefficients(c.entries, c.head, logps, state[c.index], grads)
         run_gradient(c.tiles, c.plan, retained, coefficients, Grads(grad_hidden, grad_weight, grad_bias))
     else:
         for grad in (grad_weight, grad_bias):
@@ -341,7 +342,7 @@ def _selected_logps_backward(
 
 
 @_selected_logps_backward.register_fake
-def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained,
+def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained,
       logit_scale, softcap, temperature, ignore_index, backend, needs):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -352,21 +353,21 @@ def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, 
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, topk_ids, *ctx.options, _ = inputs
-    label, topk, tail, lse, retained = output
-    ctx.mark_non_differentiable(lse, retained)
+    label, topk, tail, state, retained = output
+    ctx.mark_non_differentiable(state, retained)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained)
+    ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained)
 
 
-def _backward(ctx, grad_label, grad_topk, grad_tail, _lse, _retained):
-    hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained = ctx.saved_tensors
+def _backward(ctx, grad_label, grad_topk, grad_tail, _state, _retained):
+    hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = [
         torch.zeros_like(o) if g is None else g
         for g, o in zip((grad_label, grad_topk, grad_tail), (label, topk, tail), strict=True)
     ]
     out = _selected_logps_backward(
-        *grads, hidden, weight, bias, labels, topk_ids, label, topk, tail, lse, retained, *ctx.options, needs
+        *grads, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained, *ctx.options, needs
     )
     return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 8
 

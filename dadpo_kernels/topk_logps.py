@@ -12,8 +12,11 @@ from .selected_logps import plan_for
 
 
 class TopkLogps(NamedTuple):
-    """`ids [..., k]` int64 by descending log-probability (ties: lowest id first), `logps [..., k]`, `tail [...]` the log
-    of the mass outside them, `label [...]` or None; log-probabilities in nats, float32 (float64 for float64 inputs)."""
+    """Log-probabilities in nats, float32 (float64 for float64 inputs).
+
+    `ids [..., k]` int64 by descending log-probability (ties: lowest id first), `logps [..., k]`, `tail [...]` the log of
+    the mass outside them, `label [...]` or None.
+    """
 
     ids: Tensor
     logps: Tensor
@@ -37,7 +40,8 @@ def linear_topk_logps(
     """The k most likely tokens of `softmax(z)` and their log-probabilities, without `[tokens, V]` logits. No gradient.
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
-        logps[n, i] = log q[n, ids[n, i]],  tail[n] = log sum_{j not in ids[n]} q[n, j],  label[n] = log q[n, labels[n]]
+        logps[n, i] = log q[n, ids[n, i]],  label[n] = log q[n, labels[n]]
+        tail[n] = log sum_j q[n, j] over the j that are not in ids[n]
 
     The log-probabilities are those of the full softmax, never renormalised over the k.
 
@@ -134,8 +138,8 @@ def _tiled_topk(hidden: Tensor, head: Head, labels: Tensor, k: int, backend: str
     by_id = ids.argsort(dim=1)
     order = by_id.gather(1, values.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
     values, ids = values.gather(1, order), ids.gather(1, order)
-    lse, tail = merge_tail(state.lse, values)
-    return ids, values - lse[:, None], tail, state.selected[:, 0] - lse
+    base, lse, tail = merge_tail(state, values)
+    return ids, (values - base[:, None]) - lse[:, None], tail, (state.selected[:, 0] - base) - lse
 
 
 @_topk_logps.register_fake

@@ -47,12 +47,14 @@ struct Dot<uint16_t> {
     }
 };
 
+// Sums start at zero and are added to C at the end: tens of thousands of softmax terms, each below half a unit in the
+// last place of C, would otherwise all be lost.
 template <typename T, int R>
 inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint32_t* b, long depth, float* c, long ldc,
                   bool accumulate) {
     vf acc[R][kRowVectors];
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < kRowVectors; j++) acc[i][j] = accumulate ? load<vf>(c + i * ldc + j * kLanes) : vf{};
+        for (int j = 0; j < kRowVectors; j++) acc[i][j] = vf{};
     for (long k = 0; k < depth; k++) {
         vu col[kRowVectors];
         for (int j = 0; j < kRowVectors; j++) col[j] = load<vu>(b + k * kPanel + j * kLanes);
@@ -63,7 +65,10 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
                 acc[i][j] = Dot<T>::add(acc[i][j], a[i * row_stride + k * k_stride], col[j]);
     }
     for (int i = 0; i < R; i++)
-        for (int j = 0; j < kRowVectors; j++) store(c + i * ldc + j * kLanes, acc[i][j]);
+        for (int j = 0; j < kRowVectors; j++) {
+            float* out = c + i * ldc + j * kLanes;
+            store(out, accumulate ? load<vf>(out) + acc[i][j] : acc[i][j]);
+        }
 }
 
 // C [rows, panels * kPanel] (+)= A [rows, depth units] B. `block_stride` is the step of A between blocks of kRows rows.

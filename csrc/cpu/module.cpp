@@ -103,11 +103,11 @@ PYBIND11_MODULE(_cpu, m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "gradient",
-        [](const Tile& t, uintptr_t coefficient, uintptr_t lse_tail, uintptr_t values, uintptr_t hidden,
+        [](const Tile& t, uintptr_t coefficient, uintptr_t base, uintptr_t values, uintptr_t hidden,
            uintptr_t weight, long weight_stride, uintptr_t bias, uintptr_t exps, uintptr_t bases,
            uintptr_t packed_hidden, uintptr_t workspace) {
             active->gradient(t,
-                             {at<float>(coefficient), at<float>(lse_tail), at<float>(values), at<float>(hidden),
+                             {at<float>(coefficient), at<float>(base), at<float>(values), at<float>(hidden),
                               at<void>(weight), weight_stride, at<float>(bias)},
                              {at<void>(exps), at<float>(bases)}, at<uint32_t>(packed_hidden), at<char>(workspace));
         },

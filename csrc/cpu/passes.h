@@ -37,8 +37,8 @@ struct Statistics {
 };
 
 struct Gradient {
-    const float* coefficient;  // [rows] c: dz_j = c exp(z_j - lse_tail) outside the entries
-    const float* lse_tail;  // [rows]
+    const float* coefficient;  // [rows] c: dz_j = c exp(z_j - base) outside the entries
+    const float* base;  // [rows] the largest logit of the tail
     const float* values;  // [rows, entries] dz at the ids; duplicates hold the same value
     float* hidden;  // [rows, padded width] accumulated, or null
     void* weight;  // [columns, width] written, the type of the operands, or null

@@ -61,9 +61,11 @@ inline float group_sum(const float* z, float base) {
     return horizontal_sum(s0 + s1);
 }
 
-inline void absorb(float* max, double* sum, float block_max, float block_sum) {
+// Adds a group whose exponentials, taken from its own maximum, sum to `group_sum`.
+inline void absorb(float* max, double* sum, float group_max, float group_sum) {
     OnlineSoftmax<double> state{*max, *sum};
-    state.absorb(block_max, block_sum);
+    const float merged = reference(group_max > *max ? group_max : *max);
+    state.absorb(group_max, group_sum * expf(reference(group_max) - merged));
     *max = state.max;
     *sum = state.sum;
 }
@@ -82,18 +84,15 @@ inline void statistics_row(const Tile& t, const Statistics& s, long row, long co
         const long at = row * t.entries + e;
         if (t.in_topk[at]) z[t.ids[at] - column] = -INFINITY;
     }
-    const float max = group_max(z);
-    const float merged = reference(vmax(splat(max), splat(s.max[row]))[0]);
-    if (!exps) return absorb(s.max + row, s.sum + row, max, group_sum(z, merged));
-
-    *base = reference(max);
+    const float max = group_max(z), own = reference(max);
     vf sum{};
+    if (base) *base = own;
     for (long v = 0; v < kGroupVectors; v++) {
-        const vf e = vexp(load<vf>(z + v * kLanes) - *base);
+        const vf e = vexp(load<vf>(z + v * kLanes) - own);
         sum += e;
-        store_as(exps + v * kLanes, t.softcap > 0 ? e * load<vf>(slope + v * kLanes) : e);
+        if (exps) store_as(exps + v * kLanes, t.softcap > 0 ? e * load<vf>(slope + v * kLanes) : e);
     }
-    absorb(s.max + row, s.sum + row, max, horizontal_sum(sum) * expf(*base - merged));
+    absorb(s.max + row, s.sum + row, max, horizontal_sum(sum));
 }
 
 // Overwrites the entries of a group of dz with their exact values.
@@ -108,13 +107,13 @@ inline void overwrite_entries(const Tile& t, const Gradient& g, long row, long c
     }
 }
 
-// dz = c exp(z - lse_tail) * slope; a row without a tail has lse_tail = -inf and c = 0.
+// dz = c exp(z - base) * slope; a row without a tail has c = 0.
 template <typename T>
 inline void gradient_row(const Tile& t, const Gradient& g, long row, long column, const float* z, const float* slope,
                          T* dz) {
-    const float c = g.coefficient[row], lse = reference(g.lse_tail[row]);
+    const float c = g.coefficient[row], base = g.base[row];
     for (long v = 0; v < kGroupVectors; v++) {
-        vf d = vexp(load<vf>(z + v * kLanes) - lse) * c;
+        vf d = vexp(load<vf>(z + v * kLanes) - base) * c;
         if (t.softcap > 0) d *= load<vf>(slope + v * kLanes);
         store_as(dz + v * kLanes, d);
     }
@@ -124,7 +123,7 @@ inline void gradient_row(const Tile& t, const Gradient& g, long row, long column
 template <typename T>
 inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, long column, const T* exps, float base,
                                   T* dz) {
-    const float factor = g.coefficient[row] * expf(base - reference(g.lse_tail[row]));
+    const float factor = g.coefficient[row] * expf(base - g.base[row]);
     for (long v = 0; v < kGroupVectors; v++) store_as(dz + v * kLanes, load_as(exps + v * kLanes) * factor);
     overwrite_entries(t, g, row, column, dz);
 }
@@ -147,7 +146,7 @@ struct Best {
             return values[a] > values[b] || (values[a] == values[b] && ids[a] < ids[b]);
         });
         for (auto i = order.begin() + c.k; i != order.end(); ++i)
-            absorb(c.max + row, c.sum + row, values[*i], values[*i] == -INFINITY ? 0.0f : expf(values[*i] - base(values[*i])));
+            absorb(c.max + row, c.sum + row, values[*i], values[*i] == -INFINITY ? 0.0f : 1.0f);
         std::sort(order.begin(), order.begin() + c.k);  // ascending: moving down never overwrites what is still to move
         for (long i = 0; i < c.k; i++) {
             values[i] = values[order[i]];
@@ -155,7 +154,6 @@ struct Best {
         }
         count = static_cast<int32_t>(c.k);
     }
-    float base(float value) const { return reference(vmax(splat(value), splat(c.max[row]))[0]); }
     float threshold() const { return count < c.k ? -INFINITY : *std::min_element(values, values + c.k); }
 };
 
@@ -176,7 +174,7 @@ inline void topk_row(const Candidates& c, long row, long column, long valid, flo
         best.cut();
     }
     const float max = group_max(z);
-    absorb(c.max + row, c.sum + row, max, group_sum(z, best.base(max)));
+    absorb(c.max + row, c.sum + row, max, group_sum(z, reference(max)));
 }
 
 }  // namespace

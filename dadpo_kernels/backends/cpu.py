@@ -3,13 +3,17 @@
 The extension sees addresses only; shapes, dtypes and layouts are made right here. See `csrc/cpu/passes.h`.
 """
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
 
+_cpu: Any
 try:
-    from dadpo_kernels import _cpu
+    _cpu = importlib.import_module("dadpo_kernels._cpu")
 except ImportError:
     _cpu = None
 
@@ -102,7 +106,7 @@ class CpuTiles(Tiles):
         weight = None if grads.weight is None else grads.weight[first:]
         bias = None if grads.bias is None else grads.bias[first:]
         _cpu.gradient(
-            tile, address(coefficients.c), address(coefficients.lse_tail), address(coefficients.values),
+            tile, address(coefficients.c), address(coefficients.base), address(coefficients.values),
             address(grads.hidden), address(weight), 0 if weight is None else weight.stride(0), address(bias),
             exps, bases, address(self.packed_hidden),
             self.space(tile, kept is None, grads.hidden is not None, weight is not None or bias is not None),

@@ -1,8 +1,8 @@
 """The one loop over tiles of the vocabulary. Backends supply what happens inside a tile.
 
 The vocabulary is the outer loop and all tokens are inside: each tile of the weight gradient is written once, and the
-small `[N, H]` gradient is the float32 accumulator. A row keeps one running softmax state, that of the columns *outside*
-its top-k ids (the tail); its total follows from the tail and the selected logits, so nothing is ever subtracted.
+small `[N, H]` gradient is the float32 accumulator. A row keeps one running softmax state, that of the columns
+*outside* its top-k ids (the tail); its total follows from it and the selected logits, so nothing is ever subtracted.
 """
 
 from abc import ABC, abstractmethod
@@ -43,16 +43,19 @@ class Entries:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The gradient of the logits: `c[n] exp(z - lse_tail[n])` everywhere but at the entries, where it is `values`."""
+    """The gradient of the logits: `c[n] exp(z - base[n])` everywhere but at the entries, where it is `values`.
+
+    The base is the largest logit of the tail, not its lse: that one is rounded at the size of the logits.
+    """
 
     c: Tensor  # [n]
-    lse_tail: Tensor  # [n]
+    base: Tensor  # [n]
     values: Tensor  # [n, M], equal for duplicate ids
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A retained tile: `exps = exp(z - base)` times the softcap's slope, with one base per row and group of columns."""
+    """A retained tile: `exp(z - base)` times the softcap's slope, with one base per row and group of columns."""
 
     exps: Tensor  # [n, columns, padded]
     bases: Tensor  # [n, groups]
@@ -107,10 +110,6 @@ class State:
             like.new_full((rows, entries), -torch.inf, dtype=statistic_dtype(like.dtype)),
         )
 
-    @property
-    def lse(self) -> Tensor:
-        return self.max + self.sum.log().to(self.max.dtype)
-
 
 @dataclass(frozen=True)
 class Grads:
@@ -127,14 +126,18 @@ class Best:
     k: int
 
 
-def merge_tail(lse_tail: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """`(lse, log of the tail's share)` from the tail's lse `[n]` and the logits inside the top k `[n, M]`.
+def merge_tail(state: State, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(base, lse - base, log of the tail's share)`, all `[n]`, from the tail's state and the logits inside the top k.
 
-    The share is `log(1 / (1 + e^(inside - tail)))`: it keeps its digits when the tail holds nearly everything, where a
-    difference of two lse would not.
+    The base is the row's largest logit: a log-probability is `(z - base) - (lse - base)`, which loses nothing when all
+    logits are large. The share is `log(1 / (1 + e^(inside - tail)))`: it keeps its digits when the tail holds nearly
+    everything, where a difference of two lse would not.
     """
-    lse_inside = inside.logsumexp(1)
-    return torch.logaddexp(lse_tail, lse_inside), torch.nn.functional.logsigmoid(lse_tail - lse_inside)
+    base = torch.cat([inside, state.max[:, None]], 1).amax(1)
+    base = base.masked_fill(base == -torch.inf, 0)
+    lse_tail = state.max - base + state.sum.log().to(base.dtype)
+    lse_inside = (inside - base[:, None]).logsumexp(1)
+    return base, torch.logaddexp(lse_tail, lse_inside), torch.nn.functional.logsigmoid(lse_tail - lse_inside)
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:

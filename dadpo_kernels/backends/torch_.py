@@ -64,15 +64,15 @@ class TorchTiles(Tiles):
             kept.bases.copy_(base[:, None])
 
     def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
-        c, lse = coefficients.c, finite(coefficients.lse_tail)
+        c, base = coefficients.c, coefficients.base
         if kept is None:
             logits = self.logits(first, columns)
             slope = self.slope(logits)
-            dz = (logits - lse[:, None]).exp_().mul_(c[:, None])
+            dz = (logits - base[:, None]).exp_().mul_(c[:, None])
             if slope is not None:
                 dz *= slope
         else:
-            dz = kept.exps.to(c.dtype) * (c * (kept.bases[:, 0] - lse).exp())[:, None]
+            dz = kept.exps.to(c.dtype) * (c * (kept.bases[:, 0] - base).exp())[:, None]
         dz = torch.cat([dz, dz.new_empty(len(dz), 1)], 1)
         dz.scatter_(1, self.columns_of(first, columns)[1], coefficients.values)
         dz = dz[:, :columns]

@@ -1,0 +1,18 @@
+"""Fixtures shared by the tests: the real small model, exported once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """`(hidden [96, 576], weight [49152, 576], labels [96])` of SmolLM2-135M-Instruct on real text, float32."""
+    from examples.smollm2 import smollm2_hidden
+
+    torch.manual_seed(0)
+    return smollm2_hidden(96)
