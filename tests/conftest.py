@@ -16,3 +16,13 @@ def smollm2():
 
     torch.manual_seed(0)
     return smollm2_hidden(96)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models run many times faster without handing each operation to several threads, and bitwise the same in
+    processes with other thread counts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,6 +12,8 @@ from tiny import chat_records, tiny_llama, tiny_tokenizer
 from dadpo_kernels.cli import COMMANDS, main
 from dadpo_kernels.teacher.dataset import PairDataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):

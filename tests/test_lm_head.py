@@ -9,6 +9,8 @@ from torch import nn
 
 from dadpo_kernels.lm_head import check_lm_head, hidden_states, lm_head, unwrap
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.5, "pad_token_id": 0,

@@ -21,6 +21,8 @@ from dadpo_kernels.teacher.pairs import Pair, tokenize_pairs
 from dadpo_kernels.teacher.rows import TEACHER_SCHEMA, pack, read_pair, read_targets, teacher_row, unpack
 from dadpo_kernels.teacher.shards import MANIFEST, writing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENIZER = tiny_tokenizer()
 N, K, V = 6, 4, 320
 

@@ -27,6 +27,8 @@ from dadpo_kernels.teacher.errors import (
 from dadpo_kernels.teacher.pairs import tokenize_pairs
 from dadpo_kernels.teacher.shards import MANIFEST, read_manifest, writing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENIZER = tiny_tokenizer()
 K = 8
 
@@ -244,7 +246,6 @@ def processes():
 
 
 def test_killed_at_every_step_of_writing(tmp_path, processes):
-    torch.set_num_threads(1)
     expected = run(tmp_path / "whole")
     deaths = 0
     for fatal_event in range(1, 100):
@@ -263,7 +264,6 @@ def test_killed_at_every_step_of_writing(tmp_path, processes):
 
 
 def test_killed_at_random_moments(tmp_path, processes):
-    torch.set_num_threads(1)
     expected = run(tmp_path / "whole")
     rng = random.Random(0)
     deaths = 0

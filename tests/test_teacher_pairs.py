@@ -11,6 +11,8 @@ from tiny import TEMPLATE, chat_records, tiny_tokenizer
 
 from dadpo_kernels.teacher.pairs import Pair, pad_pairs, read_pairs, tokenize_pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENIZER = tiny_tokenizer()
 CHAT = {
     "prompt": [{"role": "user", "content": "the answer"}],
