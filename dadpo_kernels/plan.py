@@ -3,7 +3,7 @@
 One unit of work is one `N·V·H` matrix product (`2·N·V·H` floating-point operations). Dense training needs three.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 DEFAULT_BUDGET = 256 * 2**20
@@ -62,10 +62,20 @@ class Plan:
 
 
 def make_plan(
-    rows: int, vocab: int, tile: int, bytes_per_tile: int, budget: int, grad_hidden: bool, grad_weight: bool
+    rows: int,
+    vocab: int,
+    tile: int,
+    tile_bytes: Callable[[int], int],
+    budget: int,
+    grad_hidden: bool,
+    grad_weight: bool,
 ) -> Plan:
-    """Retains as many whole tiles as fit into `budget` bytes; none if there is no backward to use them."""
-    needed = grad_hidden or grad_weight
-    tiles = -(-vocab // tile)
-    retained = min(tiles, budget // max(1, bytes_per_tile)) if needed and rows else 0
-    return Plan(rows, vocab, tile, retained, retained * bytes_per_tile, grad_hidden, grad_weight)
+    """Retains as many whole tiles, of `tile_bytes(columns)` each, as fit into `budget` bytes; none without a backward."""
+    full, last = divmod(vocab, tile)
+    each, whole = tile_bytes(tile), full * tile_bytes(tile) + (tile_bytes(last) if last else 0)
+    if not rows or not (grad_hidden or grad_weight):
+        return Plan(rows, vocab, tile, 0, 0, grad_hidden, grad_weight)
+    if whole <= budget:
+        return Plan(rows, vocab, tile, full + bool(last), whole, grad_hidden, grad_weight)
+    retained = min(full, budget // each)
+    return Plan(rows, vocab, tile, retained, retained * each, grad_hidden, grad_weight)

@@ -1,7 +1,7 @@
 """The primitive: log-probabilities of the label, of the teacher's top-k ids and of the tail, from hidden states.
 
 Every loss of this package, and any other that reads a few log-probabilities per token, is plain PyTorch on its
-outputs. With `q = softmax(z)`, `T` the top-k ids of the token, incoming gradients `g`, and `G = g_label + sum g_topk + g_tail`:
+outputs. With `q = softmax(z)`, `T` the token's top-k ids, incoming gradients `g`, `G = g_label + sum g_topk + g_tail`:
 
     dz_j = (g_tail / q_tail - G) q_j          j outside T and not the label
     dz_j = -G q_j + g_topk[k] (+ g_label)     j = topk_ids[k] (and the label)
@@ -72,7 +72,8 @@ def linear_selected_logps(
         logit_scale, softcap, temperature: applied in this order, as transformers' models do. `softcap` None: none.
         ignore_index: label of masked tokens. They are dropped before the first product; outputs and gradients are 0
             there whatever `hidden` and `topk_ids` hold.
-        backend: "auto", "reference" (dense, differentiable twice), "torch" or "cpu".
+        backend: a name of `dadpo_kernels.backends`, "reference" (dense, differentiable twice), or "auto": the first
+            that can take the tensors; `dadpo doctor` tells which.
         memory_budget: bytes the forward may keep for the backward to save one of four matrix products; 0 keeps
             nothing, None means 256 MiB. The workspace beside it is constant in the number of tokens.
 
@@ -112,7 +113,7 @@ def linear_selected_logps(
     else:
         tracked = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
         budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
-        kept = retained_bytes(name, flat, weight, budget) if tracked and torch.is_grad_enabled() else 0
+        kept = buffer_bytes(flat, weight, budget) if tracked and torch.is_grad_enabled() else 0
         label, topk, tail, _, _ = _selected_logps(
             flat, weight, bias, y, ids, logit_scale, softcap, temperature, ignore_index, name, kept
         )
@@ -145,16 +146,18 @@ def plan_for(
     tiles = tiles_class(backend)
     tile = min(tiles.tile_columns(rows, width, dtype), vocab)
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
-    return make_plan(rows, vocab, tile, tile_bytes(tiles, rows, tile, dtype), budget, grad_hidden, grad_weight)
+    return make_plan(
+        rows, vocab, tile, lambda columns: tile_bytes(tiles, rows, columns, dtype), budget, grad_hidden, grad_weight
+    )
 
 
-def retained_bytes(name: str, hidden: Tensor, weight: Tensor, budget: int) -> int:
-    """Size of the buffer the forward may fill: known from shapes alone, so that a compiler can trace it."""
-    rows, width = hidden.shape
-    tiles = tiles_class(name)
-    tile = tiles.tile_columns(rows, width, hidden.dtype)
-    columns = -(-weight.shape[0] // tile) * tile
-    return min(budget, tile_bytes(tiles, rows, columns, hidden.dtype) + 64 * (columns // tile))
+def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int) -> int:
+    """Size of the buffer that the forward may fill: the budget, or a little more than everything there is to retain.
+
+    Known from shapes alone, before masked tokens are counted, so that a compiler can trace it.
+    """
+    rows, columns = len(hidden), len(weight) + 512
+    return min(budget, rows * (columns * hidden.dtype.itemsize + columns // 16) + columns // 4)
 
 
 class Compacted:

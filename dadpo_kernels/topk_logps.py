@@ -14,8 +14,8 @@ from .selected_logps import plan_for
 class TopkLogps(NamedTuple):
     """Log-probabilities in nats, float32 (float64 for float64 inputs).
 
-    `ids [..., k]` int64 by descending log-probability (ties: lowest id first), `logps [..., k]`, `tail [...]` the log of
-    the mass outside them, `label [...]` or None.
+    `ids [..., k]` int64 by descending log-probability (ties: lowest id first), `logps [..., k]`, `tail [...]` the log
+    of the mass outside them, `label [...]` or None.
     """
 
     ids: Tensor

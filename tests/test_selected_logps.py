@@ -203,7 +203,7 @@ def test_every_instruction_set(isa, dtype):
 
 
 def test_extension_is_built():
-    assert cpu.unavailable() is None
+    assert cpu.obstacle(torch.device("cpu"), torch.float32) is None
 
 
 def test_leading_dimensions_and_strides():
@@ -370,6 +370,8 @@ def test_plan_is_inspectable():
     plan = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=2**31, grad_weight=False)
     assert (plan.name, plan.units) == ("retain", 2)
     assert "frozen head" in str(plan)
+    buffer = module.buffer_bytes(torch.empty(1024, 576, dtype=torch.bfloat16), torch.empty(49152, 0), 2**40)
+    assert plan.retained_bytes <= buffer < 1.05 * plan.retained_bytes
     half = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=plan.retained_bytes // 2)
     assert half.name == "partial"
     assert 3 < half.units < 4

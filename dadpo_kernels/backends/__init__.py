@@ -1,41 +1,52 @@
 """Backends by name, and which one a call gets.
 
-Each backend is a `Tiles` class (see `tiled.py`); `reference` is the dense oracle and not tiled.
+Each backend is a module with a `TILES` class (see `tiled.py`) and an `obstacle` function that tells why it cannot take
+a call. Modules are imported when they are first asked for. `reference`, the dense oracle, is not tiled.
 """
+
+import importlib
+from types import ModuleType
 
 import torch
 
-from . import cpu
 from .tiled import Tiles
-from .torch_ import TorchTiles
 
-NAMES = ("auto", "reference", "torch", "cpu")
+# Name: (module, devices that "auto" considers it for), in order of preference.
+BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cpu": ("cpu", ("cpu",)),
+    "torch": ("torch_", ("cpu", "cuda", "xpu", "mps")),
+}
 
 
+def module_of(name: str) -> ModuleType:
+    return importlib.import_module(f".{BACKENDS[name][0]}", __name__)
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot trace an import
+def tiles_class(name: str) -> type[Tiles]:
+    return module_of(name).TILES
+
+
+def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot take tensors of this device and dtype, or None if it can."""
+    return module_of(name).obstacle(device, dtype)
+
+
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that a call with tensors of this device and dtype runs on.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run this call, with the reason.
     """
-    if backend not in NAMES:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(NAMES)}")
-    reason = cpu_obstacle(device, dtype)
+    if backend == "reference":
+        return backend
     if backend == "auto":
-        return "torch" if reason else "cpu"
-    if backend == "cpu" and reason:
-        raise ValueError(f'backend="cpu" cannot run this call: {reason}; use backend="torch" or "auto"')
+        candidates = (name for name, (_, devices) in BACKENDS.items() if device.type in devices)
+        return next((name for name in candidates if obstacle(name, device, dtype) is None), "torch")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of auto, reference, {', '.join(BACKENDS)}")
+    reason = obstacle(backend, device, dtype)
+    if reason:
+        raise ValueError(f'backend="{backend}" cannot run this call: {reason}; use backend="torch" or "auto"')
     return backend
-
-
-def cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the C++ CPU kernels cannot take tensors of this device and dtype, or None if they can."""
-    if device.type != "cpu":
-        return f"the tensors are on {device}"
-    if dtype not in cpu.DTYPES:
-        return f"it takes {' and '.join(str(d) for d in cpu.DTYPES)}, not {dtype}"
-    return cpu.unavailable()
-
-
-def tiles_class(name: str) -> type[Tiles]:
-    return {"torch": TorchTiles, "cpu": cpu.CpuTiles}[name]

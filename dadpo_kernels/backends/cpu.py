@@ -22,8 +22,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 MAX_K = 2048  # bound of the candidate buffer in csrc/cpu/rows.h
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot run, or None if it can."""
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot take tensors of this device and dtype, or None if it can."""
+    if device.type != "cpu":
+        return f"the tensors are on {device}"
+    if dtype not in DTYPES:
+        return f"it takes {' and '.join(str(d) for d in DTYPES)}, not {dtype}"
     return None if _cpu else "the extension dadpo_kernels._cpu is not built (it needs a C++ compiler at install time)"
 
 
@@ -119,3 +123,6 @@ class CpuTiles(Tiles):
             address(best.ids), address(best.counts), best.k, best.values.shape[1],
             self.space(tile, True, False, False),
         )  # fmt: skip
+
+
+TILES = CpuTiles

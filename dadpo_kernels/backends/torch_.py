@@ -113,3 +113,11 @@ def absorb(state: State, logits: Tensor) -> Tensor:
     state.sum.mul_((state.max - finite(merged)).exp().double()).add_(total)
     state.max.copy_(merged)
     return finite(tile_max)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: PyTorch takes every device and floating dtype."""
+    return None
+
+
+TILES = TorchTiles

@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make quickstart` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+# The release the tests run with. On a machine without a GPU, PyTorch's CPU wheel saves gigabytes:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
+
+.PHONY: quickstart test lint benchmark clean
+
+quickstart: $(VENV)/.dev
+	$(RUN) -m examples.quickstart.run $(if $(FULL),--full)
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+benchmark: $(VENV)/.bench
+	$(RUN) -m benchmarks.run --device cpu --out benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.report benchmarks/results/cpu.json
+
+# The extension is rebuilt when its sources change. PyTorch comes first, so that no other package picks its build.
+$(VENV)/.dev: pyproject.toml setup.py $(wildcard csrc/*/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile $(TORCH)
+	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install --quiet --no-compile -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info dadpo_kernels/*.so runs

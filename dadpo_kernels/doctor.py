@@ -1,0 +1,63 @@
+"""What is installed, what is built, which backend a call gets and why."""
+
+import importlib.metadata
+import platform
+import shutil
+
+import torch
+
+from .backends import BACKENDS, obstacle, resolve
+
+EXTRAS = ("triton", "transformers", "accelerate", "pyarrow", "trl", "peft", "matplotlib")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def report() -> str:
+    """The text that `dadpo doctor` prints."""
+    sections = {"Versions": versions(), "Extensions": extensions(), "Backends": backends()}
+    return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def versions() -> list[str]:
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    devices = ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        f"dadpo-kernels {version('dadpo-kernels')}, Python {platform.python_version()}, {platform.machine()}",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, devices: {', '.join(devices)}",
+        *(f"{name} {version(name)}" for name in EXTRAS),
+    ]
+
+
+def extensions() -> list[str]:
+    lines = []
+    cpu = importlib.import_module(".backends.cpu", __package__)._cpu
+    if cpu:
+        lines.append(f"_cpu: built; runs {cpu.active()} here (this processor can run: {', '.join(cpu.available())})")
+    else:
+        found = [c for c in ("g++", "clang++", "c++") if shutil.which(c)]
+        remedy = f"{found[0]} is here now: reinstall" if found else "install g++ or clang++ and reinstall"
+        lines.append(f"_cpu: not built; {remedy} (DADPO_REQUIRE=1 makes the install fail and show why)")
+    return lines
+
+
+def backends() -> list[str]:
+    lines = []
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in map(torch.device, devices):
+        for dtype in DTYPES:
+            picked = resolve("auto", device, dtype)
+            reasons = [
+                f"{name}: {obstacle(name, device, dtype)}"
+                for name, (_, where) in BACKENDS.items()
+                if device.type in where and obstacle(name, device, dtype)
+            ]
+            lines.append(
+                f"{device.type} {str(dtype).removeprefix('torch.'):<9} {picked}"
+                + "".join(f"; not {r}" for r in reasons)
+            )
+    return lines
