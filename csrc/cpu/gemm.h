@@ -96,6 +96,10 @@ inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_s
     }
 }
 
+// A vector of units whose elements lie one row of `ld` apart.
+inline vu column_units(const float* row, long) { return load<vu>(row); }
+inline vu column_units(const uint16_t* row, long ld) { return widen(row) | (widen(row + ld) << 16); }
+
 // One unit of up to `Units<T>::per` elements that lie `stride` apart; missing ones are zero.
 template <typename T>
 inline uint32_t unit(const T* p, long stride, long available) {
@@ -135,11 +139,7 @@ inline void pack_panel(const T* source, long ld, long columns, long depth, long 
     for (long k = 0; k < units; k++) {
         const T* row = source + k * per * ld;
         if (columns >= kPanel && (k + 1) * per <= depth) {
-            for (long j = 0; j < kPanel; j++) {
-                T parts[per];
-                for (int i = 0; i < per; i++) parts[i] = row[i * ld + j];
-                memcpy(panel + k * kPanel + j, parts, 4);
-            }
+            for (long j = 0; j < kPanel; j += kLanes) store(panel + k * kPanel + j, column_units(row + j, ld));
         } else {
             for (long j = 0; j < kPanel; j++)
                 panel[k * kPanel + j] = j < columns ? unit(row + j, ld, depth - k * per) : 0;
@@ -155,12 +155,10 @@ inline void pack_block_transposed(const T* source, long ld, long rows, long dept
     const long units = Units<T>::count(depth);
     for (long k = 0; k < units; k++) {
         const T* row = source + k * per * ld;
-        if (rows >= kRows && (k + 1) * per <= depth) {
-            for (long i = 0; i < kRows; i++) {
-                T parts[per];
-                for (int e = 0; e < per; e++) parts[e] = row[e * ld + i];
-                memcpy(block + k * kRows + i, parts, 4);
-            }
+        if (rows >= kLanes && (k + 1) * per <= depth) {
+            const vu units_here = column_units(row, ld);
+            memcpy(block + k * kRows, &units_here, std::min<long>(kRows, kLanes) * 4);
+            for (long i = kLanes; i < kRows; i++) block[k * kRows + i] = unit(row + i, ld, per);
         } else {
             for (long i = 0; i < kRows; i++) block[k * kRows + i] = i < rows ? unit(row + i, ld, depth - k * per) : 0;
         }

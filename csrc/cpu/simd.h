@@ -83,11 +83,9 @@ inline void store_bf16(uint16_t* p, vf x) {
     for (int i = 0; i < kLanes; i++) p[i] = static_cast<uint16_t>(bits[i]);
 #endif
 }
-inline vf load_bf16(const uint16_t* p) {
-    vu bits;
-    for (int i = 0; i < kLanes; i++) bits[i] = static_cast<uint32_t>(p[i]) << 16;
-    return (vf)bits;
-}
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+inline vu widen(const uint16_t* p) { return __builtin_convertvector(load<vh>(p), vu); }
+inline vf load_bf16(const uint16_t* p) { return (vf)(widen(p) << 16); }
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
