@@ -1,0 +1,144 @@
+"""The minimal trainer: transformers.Trainer with the fused loss. Loops, precision, checkpoints and logs are Trainer's."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from .config import DaDPOConfig
+from .linear_loss import pair_counts
+from .lm_head import check_lm_head, hidden_states, lm_head
+from .teacher.dataset import PairCollator, PairDataset
+from .teacher.targets import TeacherTargets
+
+
+class DaDPOTrainer(Trainer):
+    """Trains a causal LM on pairs with cached teacher targets; `model(...).logits` is never computed.
+
+    The loss of an optimizer step is that of all its pairs together: the gradients of its micro-batches add up to the
+    big batch's gradient exactly, whatever their lengths. Metrics carry TRL's names and are means over the pairs (or
+    tokens) of each step, averaged over the steps since the last log; evaluation averages over the whole set.
+
+    Args:
+        model: a transformers causal LM whose head is a plain linear layer. Keep its parameters in float32 and set
+            `bf16=True` for mixed precision: AdamW loses small updates of bfloat16 parameters.
+        args: DaDPOConfig; batch sizes count pairs.
+        train_dataset, eval_dataset: PairDataset.
+        processing_class: the student's tokenizer, for the padding token; saved with the model.
+
+    Raises:
+        ValueError: options that contradict each other, a head that `lm_head` refuses, a dataset without the targets
+            the options need, or more than one process or GPU (not supported yet).
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DaDPOConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(
+                f"DaDPOTrainer runs on one device in one process, not on {max(args.world_size, args.n_gpu)}: set "
+                "CUDA_VISIBLE_DEVICES to one GPU, or use linear_dadpo_loss in a data-parallel loop"
+            )
+        check_lm_head(model)
+        head = lm_head(model)
+        self.linear_loss = args.loss(head.logit_scale, head.softcap)
+        if not (args.beta_ref or args.beta_teacher or args.kl_weight or args.sft_weight):
+            raise ValueError("beta_ref, beta_teacher, kl_weight and sft_weight are all 0: there is nothing to train on")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
+                raise ValueError(
+                    f"{name} has no reference log-probabilities and beta_ref={args.beta_ref}: run `dadpo reference` on "
+                    "its cache, or set beta_ref=0"
+                )
+        pad = getattr(processing_class, "pad_token_id", None)
+        if pad is None:
+            pad = getattr(processing_class, "eos_token_id", None) or 0  # never attended to: any id serves
+        kwargs.setdefault("data_collator", PairCollator(pad))
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                         processing_class=processing_class, **kwargs)  # fmt: skip
+        # Rejected answers are not even read by a stage that has no use for them.
+        self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
+        self.tokens_seen = 0
+        self._metrics: dict[str, Tensor] = {}
+        self._metrics_since = 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of a step, and what its loss is a mean over: `pair_counts` of them all."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [pair_counts(batch["labels"]) for batch in batches]
+        return batches, torch.stack(counts).sum(0).to(device) if counts else None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss; `num_items_in_batch` holds the counts of the whole step."""
+        labels = inputs["labels"]
+        rows = len(labels) // 2 if self.chosen_only else len(labels)
+        attention_mask = inputs["attention_mask"][:rows]
+        head = lm_head(model)
+        with self.accelerator.autocast():
+            hidden = hidden_states(model, inputs["input_ids"][:rows], attention_mask)
+            if self.chosen_only:
+                hidden = nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - rows))
+                labels = labels.clone()
+                labels[rows:] = -100
+            out = self.linear_loss(
+                hidden,
+                head.weight,
+                labels,
+                ref_logps=inputs.get("ref_logps"),
+                teacher=TeacherTargets(*(inputs[f"teacher_{name}"] for name in TeacherTargets._fields)),
+                bias=head.bias,
+                counts=num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None,
+            )
+        metrics = {k: v for k, v in out.metrics.items() if not (self.chosen_only and k.startswith("logps/"))}
+        if model.training:
+            self.tokens_seen += int(attention_mask.sum())
+            for name, value in metrics.items():
+                self._metrics[name] = self._metrics.get(name, 0) + value
+        return (out.loss, metrics) if return_outputs else out.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics since the last training log, averaged over its steps."""
+        if "loss" in logs:
+            steps = self.state.global_step - self._metrics_since
+            logs |= {name: float(value) / max(1, steps) for name, value in self._metrics.items()}
+            self._metrics, self._metrics_since = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them."""
+        loader = self.get_eval_dataloader(eval_dataset)
+        training = self.model.training
+        self.model.eval()
+        counts = torch.stack([pair_counts(batch["labels"]) for batch in loader]).sum(0)
+        sums: dict[str, Tensor] = {}
+        for batch in loader:
+            loss, metrics = self.compute_loss(self.model, batch, return_outputs=True, num_items_in_batch=counts)
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0) + value
+        self.model.train(training)
+        results = {f"{metric_key_prefix}_{name}": float(value) for name, value in sums.items()}
+        self.log(results)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results

@@ -1,0 +1,86 @@
+"""The main job on real input: prune a model, restore it from its teacher, and measure on held-out pairs.
+
+    make quickstart            # about 8 minutes on 2 cores
+    make quickstart FULL=1     # more passes over the data
+
+Every step is a command or a public function that works the same on a large model; this file only strings them together.
+A step that is finished is not repeated, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+from dadpo_kernels.cli import main as dadpo
+from examples.quickstart.evaluate import ROWS, evaluate
+from examples.quickstart.plots import plot
+from examples.quickstart.prune import DATA, prune
+from examples.smollm2 import smollm2_dir
+
+HERE = Path(__file__).parent
+K = "32"
+
+
+def command(done: Path, *arguments: object) -> None:
+    """Prints and runs `dadpo ARGUMENTS`, unless `done` exists."""
+    words = [str(a) for a in arguments]
+    if done.exists():
+        print(f"\n# {done} is there: skipping dadpo {words[0]}")
+        return
+    print(f"\n$ dadpo {' '.join(words)}", flush=True)
+    if dadpo(words):
+        raise SystemExit(f"dadpo {words[0]} failed; run it again to go on")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="three times as many passes over the data")
+    parser.add_argument("--out", type=Path, help="where results go (default: runs/quickstart or runs/quickstart-full)")
+    args = parser.parse_args()
+    out = args.out or Path("runs/quickstart-full" if args.full else "runs/quickstart")
+    begin = time.time()
+
+    teacher = smollm2_dir()
+    pruned = prune(teacher, out / "pruned")
+    for name in ("train", "heldout"):
+        cache = out / f"cache-{name}"
+        data = DATA / f"{name}.jsonl"
+        command(cache / "manifest.json", "teacher", "--model", teacher, "--data", data, "--out", cache, "--k", K)
+
+    longer = ["--num_train_epochs", "3"] if args.full else []
+    sft, student = out / "sft", out / "dadpo"
+    caches = ["--cache", out / "cache-train", "--eval_cache", out / "cache-heldout"]
+    command(sft / "config.json", "train", HERE / "sft.yaml", "--model", pruned, *caches, "--output_dir", sft, *longer)
+    for name in ("train", "heldout"):
+        cache = out / f"cache-{name}"
+        command(cache / "reference" / "manifest.json", "reference", "--model", sft, "--cache", cache)
+    command(
+        student / "config.json", "train", HERE / "dadpo.yaml", "--model", sft, *caches, "--output_dir", student, *longer
+    )
+
+    models = {"teacher": teacher, "pruned": pruned, "after SFT": sft, "after daDPO": student}
+    results = {name: evaluate(path, out / "cache-heldout") for name, path in models.items()}
+    speed = {stage.name: json.loads((stage / "train_results.json").read_text()) for stage in (sft, student)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    (out / "results.json").write_text(
+        json.dumps({"heldout": results, "training": speed, "peak_gib": peak, "seconds": time.time() - begin}, indent=2)
+    )
+    plot(out, {"sft": sft, "daDPO": student}, results)
+    print(table(results, speed, peak, time.time() - begin))
+    print(f"\nnumbers: {out}/results.json   plots: {out}/*.png")
+
+
+def table(results: dict, speed: dict, peak: float, seconds: float) -> str:
+    """What a newcomer wants to see: did it get better on pairs it never trained on?"""
+    width = max(map(len, ROWS.values()))
+    lines = ["", f"{'Held-out pairs':<{width}}" + "".join(f"{name:>14}" for name in results)]
+    for key, title in ROWS.items():
+        lines.append(f"{title:<{width}}" + "".join(f"{r[key]:>14.3f}" for r in results.values()))
+    rates = ", ".join(f"{name} {s['tokens_per_second']:.0f}" for name, s in speed.items())
+    return "\n".join([*lines, f"\nTrained tokens per second: {rates}. Peak memory {peak:.1f} GiB. {seconds / 60:.1f} minutes."])
+
+
+if __name__ == "__main__":
+    main()
