@@ -57,22 +57,25 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         source = ROOT.resolve() / "csrc" / "cpu"
-        common = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra".split()
+        common = shlex.split(
+            "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra"
+        )
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        each = " ".join(f"F({isa})" for isa in ISAS)
+        listed = " ".join(f"F({isa})" for isa in ISAS)
+        shared = "-shared -pthread" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
         objects = []
         with (build / "build.ninja").open("w") as file:
             n = Writer(file)
             n.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            n.rule(
-                "link",
-                f"{cxx} -shared $in -o $out -pthread" + (" -undefined dynamic_lookup" * (sys.platform == "darwin")),
-            )
+            n.rule("link", f"{cxx} {shared} $in -o $out")
+
+            def compile_to(name: str, source_name: str, *flags: str) -> None:
+                variables = {"flags": shlex.join([*common, *flags])}
+                objects.extend(n.build(name, "cxx", str(source / source_name), variables=variables))
+
             for isa, flags in ISAS.items():
-                objects += n.build(f"{isa}.o", "cxx", str(source / "passes.cpp"),
-                                   variables={"flags": shlex.join([*common, *flags, f"-DDADPO_ISA={isa}"])})  # fmt: skip
-            objects += n.build("module.o", "cxx", str(source / "module.cpp"),
-                               variables={"flags": shlex.join([*common, *include, f"-DDADPO_FOR_EACH_ISA(F)={each}"])})  # fmt: skip
+                compile_to(f"{isa}.o", "passes.cpp", *flags, f"-DDADPO_ISA={isa}")
+            compile_to("module.o", "module.cpp", *include, f"-DDADPO_FOR_EACH_ISA(F)={listed}")
             n.build(str(target), "link", objects)
         jobs = os.environ.get("DADPO_MAX_JOBS")
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), *(["-j", jobs] if jobs else [])], cwd=build, check=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .linear_loss import LinearDaDPOLoss
@@ -53,6 +54,7 @@ class DaDPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the columns are the collator's, not the model's
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 asks for it by name
         super().__post_init__()
 
     def loss(self, logit_scale: float, softcap: float | None) -> LinearDaDPOLoss:

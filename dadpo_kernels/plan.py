@@ -70,7 +70,7 @@ def make_plan(
     grad_hidden: bool,
     grad_weight: bool,
 ) -> Plan:
-    """Retains as many whole tiles, of `tile_bytes(columns)` each, as fit into `budget` bytes; none without a backward."""
+    """Retains as many tiles, of `tile_bytes(columns)` each, as fit into `budget` bytes; none without a backward."""
     full, last = divmod(vocab, tile)
     each, whole = tile_bytes(tile), full * tile_bytes(tile) + (tile_bytes(last) if last else 0)
     if not rows or not (grad_hidden or grad_weight):

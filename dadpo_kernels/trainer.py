@@ -1,4 +1,4 @@
-"""The minimal trainer: transformers.Trainer with the fused loss. Loops, precision, checkpoints and logs are Trainer's."""
+"""The minimal trainer: transformers.Trainer, with all it has for precision and checkpoints, and the fused loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -53,13 +53,11 @@ class DaDPOTrainer(Trainer):
         check_lm_head(model)
         head = lm_head(model)
         self.linear_loss = args.loss(head.logit_scale, head.softcap)
-        if not (args.beta_ref or args.beta_teacher or args.kl_weight or args.sft_weight):
-            raise ValueError("beta_ref, beta_teacher, kl_weight and sft_weight are all 0: there is nothing to train on")
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
                 raise ValueError(
-                    f"{name} has no reference log-probabilities and beta_ref={args.beta_ref}: run `dadpo reference` on "
-                    "its cache, or set beta_ref=0"
+                    f"{name} has no reference log-probabilities and beta_ref={args.beta_ref}: run `dadpo reference` "
+                    "on its cache, or set beta_ref=0"
                 )
         pad = getattr(processing_class, "pad_token_id", None)
         if pad is None:
@@ -129,15 +127,16 @@ class DaDPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them."""
         loader = self.get_eval_dataloader(eval_dataset)
-        training = self.model.training
-        self.model.eval()
+        model: Any = self.model
+        training = model.training
+        model.eval()
         counts = torch.stack([pair_counts(batch["labels"]) for batch in loader]).sum(0)
         sums: dict[str, Tensor] = {}
         for batch in loader:
-            loss, metrics = self.compute_loss(self.model, batch, return_outputs=True, num_items_in_batch=counts)
+            loss, metrics = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=counts)
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
-        self.model.train(training)
+        model.train(training)
         results = {f"{metric_key_prefix}_{name}": float(value) for name, value in sums.items()}
         self.log(results)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)

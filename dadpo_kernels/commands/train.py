@@ -28,19 +28,14 @@ class TrainSources:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys that win over the file's")
-    parser.epilog = _Epilog()  # type: ignore[assignment]  # built when it is printed: it needs transformers
+    parser.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys that win over the file's"
+    )
+    from ..config import DaDPOConfig
 
-
-class _Epilog:
-    def __mod__(self, _: Any) -> str:
-        from ..config import DaDPOConfig
-
-        own = [*fields(TrainSources), *_own_fields(DaDPOConfig)]
-        return "keys beside TrainingArguments:\n" + "\n".join(f"  {f.name:<16} {f.metadata['help']}" for f in own)
-
-    def __contains__(self, item: str) -> bool:
-        return False
+    own = [*fields(TrainSources), *_own_fields(DaDPOConfig)]
+    lines = "\n".join(f"  {f.name:<16} {f.metadata['help']}" for f in own).replace("%", "%%")
+    parser.epilog = f"keys beside those of TrainingArguments:\n{lines}"
 
 
 def _own_fields(config: Any) -> list[Field]:
@@ -76,7 +71,8 @@ def parse_config(path: Path, overrides: list[str]) -> tuple[TrainSources, Any]:
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
             words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    parser = HfArgumentParser([TrainSources, DaDPOConfig], allow_abbrev=False)
+    groups: list[Any] = [TrainSources, DaDPOConfig]
+    parser = HfArgumentParser(groups, allow_abbrev=False)
 
     def refuse(message: str) -> None:
         raise ValueError(f"{path}: {message}")
@@ -102,9 +98,7 @@ def run(args: argparse.Namespace) -> int:
     vocab_size = len(model.get_output_embeddings().weight)
 
     def pairs(cache: str) -> PairDataset:
-        return PairDataset(
-            cache, tokenizer=tokenizer, vocab_size=vocab_size, require_reference=config.beta_ref > 0
-        )
+        return PairDataset(cache, tokenizer=tokenizer, vocab_size=vocab_size, require_reference=config.beta_ref > 0)
 
     evaluation = pairs(sources.eval_cache) if sources.eval_cache else None
     trainer = DaDPOTrainer(model, config, pairs(sources.cache), evaluation, tokenizer)

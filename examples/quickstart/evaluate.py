@@ -21,9 +21,9 @@ ROWS = {
 def evaluate(model_path: Path, cache: Path) -> dict[str, float]:
     """Means over the cache's pairs.
 
-    `kl` and `nll` are over the tokens of the chosen answers; a pair's margin is the mean log-probability a token of the
-    chosen answer minus that of the rejected one, and the model prefers the chosen one where it is positive. Lengths are
-    divided out, so preferring longer or shorter answers does not count.
+    `kl` (over the cache's top-k and the rest as one outcome) and `nll` are over the tokens of the chosen answers. A
+    pair's margin is the mean log-probability a token of the chosen answer minus that of the rejected one; the model
+    prefers the chosen one where it is positive: lengths are divided out, so a taste for long answers does not count.
     """
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     head = lm_head(model)
