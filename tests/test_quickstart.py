@@ -1,0 +1,79 @@
+"""The quickstart's parts that take seconds: its pairs, the pruning, its measure, and the README's code."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import chat_records, tiny_llama, tiny_tokenizer
+
+from dadpo_kernels.commands.train import parse_config
+from dadpo_kernels.teacher.capture import capture_teacher
+from dadpo_kernels.teacher.dataset import PairDataset
+from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
+from examples.quickstart.evaluate import evaluate
+from examples.quickstart.make_pairs import split
+from examples.quickstart.prune import DATA, DROPPED, drop_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parent.parent
+
+
+def test_pairs_are_those_of_the_split():
+    prompts = split()
+    assert not set(prompts["train"]) & set(prompts["heldout"])
+    for name, asked in prompts.items():
+        pairs = read_pairs(DATA / f"{name}.jsonl")
+        assert len(pairs) > 0.95 * len(asked)
+        assert {p["prompt"][0]["content"] for p in pairs} <= set(asked)
+        assert all(p["chosen"] != p["rejected"] for p in pairs)
+
+
+def test_a_fifth_of_the_layers_is_dropped():
+    assert len(set(DROPPED)) == 30 // 5
+    model = tiny_llama()
+    first, _ = model.model.layers
+    drop_layers(model, [1])
+    assert list(model.model.layers) == [first]
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_measure_against_dense(tmp_path):
+    tokenizer, student = tiny_tokenizer(), tiny_llama(seed=1)
+    student.config.pad_token_id = 0
+    student.save_pretrained(tmp_path / "student")
+    pairs = tokenize_pairs(chat_records(11), tokenizer, 64)
+    capture_teacher(tiny_llama(), tokenizer, pairs, tmp_path / "cache", k=6)
+    got = evaluate(tmp_path / "student", tmp_path / "cache")
+    nll, tokens, margins = 0.0, 0, []
+    for item in (PairDataset(tmp_path / "cache")[i] for i in range(11)):
+        means = []
+        for answer in (item["pair"].chosen_ids, item["pair"].rejected_ids):
+            ids = torch.tensor([[*item["pair"].prompt_ids, *answer]])
+            logps = student.double()(ids).logits[0, len(item["pair"].prompt_ids) - 1 : -1].log_softmax(-1)
+            means.append(logps.gather(1, torch.tensor(answer).long()[:, None]).mean().item())
+        nll -= means[0] * len(item["pair"].chosen_ids)
+        tokens += len(item["pair"].chosen_ids)
+        margins.append(means[0] - means[1])
+    assert got["nll"] == pytest.approx(nll / tokens, rel=1e-2)  # the measure runs in bfloat16
+    assert got["margin"] == pytest.approx(sum(margins) / 11, abs=3e-2)
+    assert got["kl"] > 0.1
+
+
+@pytest.mark.parametrize("name", ["sft", "dadpo"])
+def test_configurations_are_valid(name):
+    words = ["--model", "m", "--cache", "c", "--output_dir", "o"]
+    _, config = parse_config(ROOT / "examples" / "quickstart" / f"{name}.yaml", words)
+    assert config.kl_weight > 0
+    assert (config.beta_teacher > 0) == (name == "dadpo")
+
+
+def test_readme_code_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    exec(blocks[0], {})
+    tiny_llama().save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    names = {"teacher_path": tmp_path / "teacher", "pairs_path": DATA / "heldout.jsonl", "cache_path": tmp_path / "c"}
+    exec(blocks[1], names)
+    assert len(PairDataset(tmp_path / "c")) == 56
