@@ -20,8 +20,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-benchmark: $(VENV)/.bench
+benchmark: $(VENV)/.dev
 	$(RUN) -m benchmarks.run --device cpu --out benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.run --device cpu --out benchmarks/results/cpu.json --scaling
 	$(RUN) -m benchmarks.report benchmarks/results/cpu.json
 
 # The extension is rebuilt when its sources change. PyTorch comes first, so that no other package picks its build.
@@ -29,10 +30,6 @@ $(VENV)/.dev: pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile $(TORCH)
 	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
-	touch $@
-
-$(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/pip install --quiet --no-compile -e ".[bench]"
 	touch $@
 
 clean:
