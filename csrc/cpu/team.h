@@ -20,18 +20,22 @@ public:
     template <typename Body>
     static void run(int size, Body body) {
         Team team(size);
-        auto guarded = [&](int rank) {
+        auto guarded = [&](auto&& step) {
             try {
-                body(team, rank);
+                step();
             } catch (...) {
                 std::lock_guard<std::mutex> lock(team.mutex_);
                 if (!team.error_) team.error_ = std::current_exception();
-                team.failed_ = true;
+                team.failed_ = true;  // nobody waits at a barrier for a thread that will not come
             }
         };
         std::vector<std::thread> threads;
-        for (int rank = 1; rank < size; rank++) threads.emplace_back(guarded, rank);
-        guarded(0);
+        guarded([&] {
+            threads.reserve(size);
+            for (int rank = 1; rank < size; rank++)
+                threads.emplace_back([&, rank] { guarded([&] { body(team, rank); }); });
+        });
+        if (!team.failed_) guarded([&] { body(team, 0); });
         for (auto& thread : threads) thread.join();
         if (team.error_) std::rethrow_exception(team.error_);
     }
