@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from .backends import BACKENDS, obstacle, resolve
+from .backends import BACKENDS, cpu, resolve
 
 EXTRAS = ("triton", "transformers", "accelerate", "pyarrow", "trl", "peft", "matplotlib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,9 +35,10 @@ def versions() -> list[str]:
 
 def extensions() -> list[str]:
     lines = []
-    cpu = importlib.import_module(".backends.cpu", __package__)._cpu
-    if cpu:
-        lines.append(f"_cpu: built; runs {cpu.active()} here (this processor can run: {', '.join(cpu.available())})")
+    if built := cpu._cpu:
+        lines.append(
+            f"_cpu: built; runs {built.active()} here (this processor can run: {', '.join(built.available())})"
+        )
     else:
         found = [c for c in ("g++", "clang++", "c++") if shutil.which(c)]
         remedy = f"{found[0]} is here now: reinstall" if found else "install g++ or clang++ and reinstall"
@@ -47,17 +48,11 @@ def extensions() -> list[str]:
 
 def backends() -> list[str]:
     lines = []
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    for device in map(torch.device, devices):
+    for device in map(torch.device, ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]):
         for dtype in DTYPES:
-            picked = resolve("auto", device, dtype)
-            reasons = [
-                f"{name}: {obstacle(name, device, dtype)}"
-                for name, (_, where) in BACKENDS.items()
-                if device.type in where and obstacle(name, device, dtype)
-            ]
-            lines.append(
-                f"{device.type} {str(dtype).removeprefix('torch.'):<9} {picked}"
-                + "".join(f"; not {r}" for r in reasons)
-            )
+            line = f"{device.type} {str(dtype).removeprefix('torch.'):<9} {resolve('auto', device, dtype)}"
+            for name, backend in BACKENDS.items():
+                if device.type in backend.devices and (reason := backend.obstacle(device, dtype)):
+                    line += f"; not {name}: {reason}"
+            lines.append(line)
     return lines

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import head_checks as checks
-from .backends import reference, resolve, tiles_class
+from .backends import BACKENDS, reference, resolve
 from .backends.coefficients import logit_coefficients
 from .backends.tiled import (
     Entries,
@@ -143,7 +143,7 @@ def plan_for(
         memory_budget: bytes, None for the default.
         grad_hidden, grad_weight: which gradients are wanted; a frozen head has `grad_weight=False`.
     """
-    tiles = tiles_class(backend)
+    tiles = BACKENDS[backend].tiles
     tile = min(tiles.tile_columns(rows, width, dtype), vocab)
     budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
     return make_plan(
@@ -185,7 +185,7 @@ class Compacted:
         self.entries = Entries.merge(labels, topk_ids)
         hidden = hidden.contiguous() if rows == len(hidden) else hidden[self.index]
         self.head = Head(weight, bias, *transform)
-        self.tiles = tiles_class(backend)(hidden, self.head, self.entries)
+        self.tiles = BACKENDS[backend].tiles(hidden, self.head, self.entries)
         vocab, width = weight.shape
         self.plan = plan_for(rows, vocab, width, hidden.dtype, backend=backend, memory_budget=budget)
 

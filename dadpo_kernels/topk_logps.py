@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import head_checks as checks
-from .backends import cpu, reference, resolve, tiles_class
+from .backends import BACKENDS, cpu, reference, resolve
 from .backends.tiled import Best, Entries, Head, merge_tail, run_topk, statistic_dtype
 from .selected_logps import plan_for
 
@@ -123,7 +123,7 @@ def _topk_logps(
 def _tiled_topk(hidden: Tensor, head: Head, labels: Tensor, k: int, backend: str) -> tuple[Tensor, ...]:
     rows, vocab, dtype = len(hidden), len(head.weight), statistic_dtype(hidden.dtype)
     entries = Entries.merge(labels, None)
-    tiles = tiles_class(backend)(hidden, head, entries)
+    tiles = BACKENDS[backend].tiles(hidden, head, entries)
     plan = plan_for(rows, vocab, hidden.shape[1], hidden.dtype, backend=backend, memory_budget=0)
     # Twice k: candidates are collected until the buffer is full and then cut back to the best k.
     best = Best(

@@ -123,6 +123,3 @@ class CpuTiles(Tiles):
             address(best.ids), address(best.counts), best.k, best.values.shape[1],
             self.space(tile, True, False, False),
         )  # fmt: skip
-
-
-TILES = CpuTiles

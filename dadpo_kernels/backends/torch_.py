@@ -118,6 +118,3 @@ def absorb(state: State, logits: Tensor) -> Tensor:
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """None: PyTorch takes every device and floating dtype."""
     return None
-
-
-TILES = TorchTiles
