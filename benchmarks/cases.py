@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dadpo_kernels import TeacherTargets, linear_topk_logps
@@ -131,9 +132,13 @@ def peakedness(inputs: Inputs) -> dict[str, float]:
 
 
 def save_inputs(inputs: Inputs, path: Path) -> None:
-    torch.save({**inputs._asdict(), "teacher": tuple(inputs.teacher)}, path)
+    fields = {**inputs._asdict(), **inputs.teacher._asdict()}
+    fields.pop("teacher")
+    save_file({name: value.contiguous() for name, value in fields.items()}, path)
 
 
 def load_inputs(path: Path) -> Inputs:
-    stored = torch.load(path, weights_only=True)
-    return Inputs(**{**stored, "teacher": TeacherTargets(*stored["teacher"])})
+    # Copies: what is mapped from the file would be counted as memory of whoever touches it first.
+    stored = {name: value.clone() for name, value in load_file(path).items()}
+    teacher = TeacherTargets(*(stored.pop(name) for name in TeacherTargets._fields))
+    return Inputs(**stored, teacher=teacher)

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .cases import Inputs, load_inputs
@@ -90,7 +90,7 @@ def main() -> None:
     if args.variant == "floor":
         result = measure_floor(inputs.hidden.flatten(0, 1)[inputs.valid], inputs.weight, args.calls)
     else:
-        exact = None if args.exact is None else torch.load(args.exact, weights_only=True)
+        exact = None if args.exact is None else load_file(args.exact)
         result = measure(args.variant, args.objective, inputs, args.calls, exact)
     print(json.dumps(result))
 

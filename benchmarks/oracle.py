@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +36,7 @@ def float64_gradients(inputs: Inputs, objective: str) -> dict[str, Tensor]:
 
 
 def save_gradients(inputs: Inputs, objective: str, path: Path) -> None:
-    torch.save(float64_gradients(inputs, objective), path)
+    save_file(float64_gradients(inputs, objective), path)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

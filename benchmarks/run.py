@@ -77,10 +77,10 @@ def child(inputs: Path, variant: str, threads: int, calls: int, *options: str) -
 
 def compare(inputs: Inputs, only: list[str], repeats: int, calls: int, threads: int, directory: Path) -> dict:
     """Floor and variants in turn, `repeats` times (see the module's docstring for what is returned)."""
-    stored = directory / "inputs.pt"
+    stored = directory / "inputs.safetensors"
     save_inputs(inputs, stored)
     jobs = [(name, objective) for name in only for objective in VARIANTS[name].objectives]
-    exact = {objective: directory / f"{objective}.pt" for _, objective in jobs}
+    exact = {objective: directory / f"{objective}.safetensors" for _, objective in jobs}
     for objective, path in exact.items():
         log(f"float64 gradient of {objective}")
         save_gradients(inputs, objective, path)
@@ -130,7 +130,7 @@ def row(name: str, objective: str, inputs: Inputs, results: list[dict], floors: 
 
 def scale(case: str, inputs: Inputs, calls: int, threads: int, directory: Path) -> dict:
     """Peak memory over `SCALING_TOKENS`, then time over `memory_budget` on `inputs`."""
-    stored = directory / "inputs.pt"
+    stored = directory / "inputs.safetensors"
     objective = ("--objective", SCALING_OBJECTIVE)
     memory = []
     for tokens in SCALING_TOKENS:

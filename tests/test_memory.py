@@ -6,7 +6,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, sys, torch
+import sys, torch
 from dadpo_kernels import linear_selected_logps, linear_topk_logps
 rows, what, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 V, H, K = 60_000, 16, 4
@@ -16,8 +16,9 @@ labels, ids = torch.randint(V, (rows,)), torch.randint(V, (rows, K))
 hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
 torch.mm(hidden.detach()[:64], weight.detach()[:64].T)
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # of this process alone: getrusage's ru_maxrss is inherited from the parent that forked it
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 before = peak()
 if what == "topk":
@@ -42,8 +43,9 @@ def peak_mib(rows: int, what: str, backend: str) -> float:
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_peak_does_not_grow_with_tokens(backend, what):
     few, many = peak_mib(256, what, backend), peak_mib(4096, what, backend)
-    # Beside the workspace there are float32 copies of hidden and gradients and a few [N, K]: a few MiB at 4096 tokens.
-    assert many < few + 64, (few, many)
+    # The workspace is a fixed number of bytes, reached from about a thousand tokens on; the torch backend has a few of
+    # them. Beside it there are copies of hidden and [N, K]: a few MiB at 4096 tokens.
+    assert 0 < few < many < few + 128, (few, many)
     assert many < FULL_LOGITS_MIB / 3
 
 
