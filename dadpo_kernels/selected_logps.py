@@ -211,7 +211,7 @@ def _selected_logps(
     """`(label [N], topk [N, K], tail [N], state [N, 3], retained [bytes])`; the state: lse, the tail's max and sum."""
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, retained_bytes)
-    retained = hidden.new_empty(retained_bytes, dtype=torch.uint8)
+    retained = c.tiles.empty(retained_bytes, dtype=torch.uint8, device=hidden.device)
     state = run_statistics(c.tiles, c.plan, retained)
     e = c.entries
     first_of_id = torch.ones_like(e.in_topk)
@@ -275,7 +275,7 @@ def _selected_logps_backward(
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
     rows, dtype, wide = c.plan.rows, hidden.dtype, state.dtype
     grad_hidden = hidden.new_zeros(rows, c.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    grad_weight = c.tiles.empty(*weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
     grad_bias = hidden.new_empty(len(weight), dtype=wide) if needs[2] else None
     if rows:
         logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[c.index]

@@ -31,6 +31,12 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if _cpu else "the extension dadpo_kernels._cpu is not built (it needs a C++ compiler at install time)"
 
 
+def prepare(tensor: Tensor) -> Tensor:
+    """A large buffer nothing is in yet, as the kernels like it."""
+    _cpu.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -46,6 +52,10 @@ class CpuTiles(Tiles):
         self.in_topk = entries.in_topk.contiguous()
         self.workspace: Tensor | None = None
         self.packed_hidden: Tensor | None = None
+
+    @staticmethod
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return prepare(torch.empty(shape, dtype=dtype, device=device))
 
     @staticmethod
     def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
@@ -84,7 +94,7 @@ class CpuTiles(Tiles):
         size = _cpu.workspace_bytes(tile, logits, grad_hidden, keep_dz) + 64
         if self.workspace is None or self.workspace.numel() < size:
             self.workspace = None
-            self.workspace = torch.empty(size, dtype=torch.uint8)
+            self.workspace = prepare(torch.empty(size, dtype=torch.uint8))
         return -(-address(self.workspace) // 64) * 64
 
     def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
@@ -104,7 +114,7 @@ class CpuTiles(Tiles):
         if grads.weight is not None and self.packed_hidden is None:
             rows = self.hidden.shape[0]
             even = rows + rows % 2 if self.hidden.dtype == torch.bfloat16 else rows
-            self.packed_hidden = torch.empty(self.grad_hidden_columns() * even, dtype=self.hidden.dtype)
+            self.packed_hidden = prepare(torch.empty(self.grad_hidden_columns() * even, dtype=self.hidden.dtype))
             _cpu.pack_hidden(tile, address(self.packed_hidden))
         exps, bases = (address(kept.exps), address(kept.bases)) if kept else (0, 0)
         weight = None if grads.weight is None else grads.weight[first:]

@@ -68,6 +68,11 @@ class Tiles(ABC):
         self.hidden, self.head, self.entries = hidden, head, entries
 
     @staticmethod
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for what the backend writes: retained tiles and gradients."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    @staticmethod
     @abstractmethod
     def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
         """Columns of a tile: the workspace must not grow with the number of rows."""
