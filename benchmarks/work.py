@@ -1,4 +1,4 @@
-"""What a forward and backward does, counted, not timed: `python -m benchmarks.work --out benchmarks/results/work.json`.
+"""What a step does, counted instead of timed: `python -m benchmarks.work --out benchmarks/results/work.json`.
 
 For every backend and plan, on one small random problem:
 
@@ -14,9 +14,9 @@ backend's passes happen inside its extension, which reads each tile once; its pr
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,34 +31,33 @@ PLANS = {"recompute": 0, "partial": 2**21, "retain": 2**40}
 BACKENDS = ("torch", "cpu")
 
 
-def count() -> dict[str, dict[str, float]]:
-    """`{"backend/plan": {"products": , "passes": , "allocated": }}`, rounded to three decimals."""
+def tasks() -> dict[str, Callable[[], object]]:
+    """`{"backend/plan": one call of it}`."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(TOKENS, WIDTH, generator=g), torch.randn(VOCAB, WIDTH, generator=g)
     labels, ids = (torch.randint(VOCAB, shape, generator=g) for shape in ((TOKENS,), (TOKENS, TOP_K)))
 
-    def selected(backend: str, budget: int, frozen: bool = False) -> None:
+    def train(backend: str, budget: int, frozen: bool = False) -> None:
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
         out = linear_selected_logps(*leaves, labels, ids, backend=backend, memory_budget=budget)
         (out.label.sum() + out.topk.sum() + out.tail.sum()).backward()
 
-    def no_grad(backend: str) -> None:
-        with torch.no_grad():
-            linear_selected_logps(hidden, weight, labels, ids, backend=backend)
-
-    counts = {}
+    calls: dict[str, Callable[[], object]] = {}
     for backend in BACKENDS:
-        for name, budget in PLANS.items():
-            counts[f"{backend}/{name}"] = measure(lambda b=backend, m=budget: selected(b, m))
-        counts[f"{backend}/frozen"] = measure(lambda b=backend: selected(b, PLANS["recompute"], frozen=True))
-        counts[f"{backend}/no_grad"] = measure(lambda b=backend: no_grad(b))
-        counts[f"{backend}/topk"] = measure(
-            lambda b=backend: linear_topk_logps(hidden, weight, TOP_K, labels=labels, backend=b)
-        )
-    return counts
+        for plan, budget in PLANS.items():
+            calls[f"{backend}/{plan}"] = partial(train, backend, budget)
+        calls[f"{backend}/frozen"] = partial(train, backend, PLANS["recompute"], frozen=True)
+        calls[f"{backend}/no_grad"] = partial(linear_selected_logps, hidden, weight, labels, ids, backend=backend)
+        calls[f"{backend}/topk"] = partial(linear_topk_logps, hidden, weight, TOP_K, labels=labels, backend=backend)
+    return calls
 
 
-def measure(run) -> dict[str, float]:
+def count(only: str = "") -> dict[str, dict[str, float]]:
+    """`{"backend/plan": {"products": , "passes": , "allocated": }}` of the tasks whose name ends with `only`."""
+    return {name: measure(call) for name, call in tasks().items() if name.endswith(only)}
+
+
+def measure(run: Callable[[], object]) -> dict[str, float]:
     """One call of `run` under PyTorch's profiler and a count at the extension's boundary."""
     run()  # whatever happens only once happens here
     with (
