@@ -40,15 +40,7 @@ def lm_head(model: nn.Module) -> LMHead:
             its own; or the model is an encoder-decoder.
     """
     causal = unwrap(model)
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    if head is None:
-        raise TypeError(
-            f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
-            "weights to the losses yourself"
-        )
-    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
-        head = head.modules_to_save[head.active_adapters[0]]
-    _check_head(type(causal).__name__, head)
+    head = head_module(model)
     config = causal.config.get_text_config()
     if config.is_encoder_decoder:
         raise ValueError(f"{type(causal).__name__} is an encoder-decoder: only decoder-only models are supported")
@@ -59,6 +51,21 @@ def lm_head(model: nn.Module) -> LMHead:
         scale = scale * divisor if config.model_type in _DIVISOR_MULTIPLIES else scale / divisor
     softcap = next((c for name in _SOFTCAPS if (c := _number(config, name))), None)
     return LMHead(head.weight, head.bias, scale, softcap)
+
+
+def head_module(model: nn.Module) -> nn.Linear:
+    """The module whose weight `lm_head` gives; raises as it does."""
+    causal = unwrap(model)
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if head is None:
+        raise TypeError(
+            f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
+            "weights to the losses yourself"
+        )
+    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
+        head = head.modules_to_save[head.active_adapters[0]]
+    _check_head(type(causal).__name__, head)
+    return head
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:

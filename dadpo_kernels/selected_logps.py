@@ -10,6 +10,7 @@ outputs. With `q = softmax(z)`, `T` the token's top-k ids, incoming gradients `g
 one scalar per token times the softmax, with the selected entries overwritten. `q_j / q_tail` is `exp(z_j - lse_tail)`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from .backends.tiled import (
     Entries,
     Grads,
     Head,
+    State,
     merge_tail,
     run_gradient,
     run_statistics,
@@ -160,8 +162,20 @@ def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int) -> int:
     return min(budget, rows * (columns * hidden.dtype.itemsize + columns // 16) + columns // 4)
 
 
+def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:
+    """Ids counted from `first`, in the same order; those outside `[first, first + columns)` where no tile meets them.
+
+    That is below 0, or 2^16 and more behind the last column, which the padding of no tile reaches.
+    """
+    ids = ids - first
+    return ids + 2**16 * (ids >= columns)
+
+
 class Compacted:
-    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one."""
+    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one.
+
+    The head may be the rows `first`, `first + 1`, ... of one with `vocab` rows.
+    """
 
     def __init__(
         self,
@@ -174,20 +188,71 @@ class Compacted:
         ignore_index: int,
         backend: str,
         budget: int,
+        first: int = 0,
+        vocab: int | None = None,
     ) -> None:
         self.index = (labels != ignore_index).nonzero()[:, 0]
         rows = len(self.index)
+        columns, width = weight.shape
+        vocab = columns if vocab is None else vocab
         labels = labels[self.index]
-        checks.check_range("labels", labels, weight.shape[0])
+        checks.check_range("labels", labels, vocab)
         if topk_ids is not None:
             topk_ids = topk_ids[self.index]
-            checks.check_range("topk_ids", topk_ids, weight.shape[0])
+            checks.check_range("topk_ids", topk_ids, vocab)
+        if vocab != columns:
+            labels = local_ids(labels, first, columns)
+            topk_ids = None if topk_ids is None else local_ids(topk_ids, first, columns)
         self.entries = Entries.merge(labels, topk_ids)
         hidden = hidden.contiguous() if rows == len(hidden) else hidden[self.index]
         self.head = Head(weight, bias, *transform)
         self.tiles = BACKENDS[backend].tiles(hidden, self.head, self.entries)
-        vocab, width = weight.shape
-        self.plan = plan_for(rows, vocab, width, hidden.dtype, backend=backend, memory_budget=budget)
+        self.plan = plan_for(rows, columns, width, hidden.dtype, backend=backend, memory_budget=budget)
+
+    def logps(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(label [n], topk [n, K], tail [n], [n, 3])` from the state of all columns; the last is for `gradients`."""
+        e = self.entries
+        first_of_id = torch.ones_like(e.in_topk)
+        if e.ids.shape[1] > 1:
+            # A duplicate counts once in the total: the first top-k entry of its id.
+            same = e.ids[:, 1:] == e.ids[:, :-1]
+            first_of_id[:, 1:] = ~(same & e.in_topk[:, :-1])
+        inside = state.selected.where(e.in_topk & first_of_id, -torch.inf)
+        base, lse, tail = merge_tail(state, inside)
+        selected = (state.selected - base[:, None]) - lse[:, None]
+        logps = torch.empty_like(selected).scatter_(1, e.order, selected)
+        k = logps.shape[1] - 1
+        return logps[:, k], logps[:, :k], tail, torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1)
+
+    def gradients(
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Tensor,
+        retained: Tensor,
+        needs: Sequence[bool],
+    ) -> Grads:
+        """Gradients of hidden `[n, H]`, weight and bias, as `needs` says; all but the weight's in the state's dtype.
+
+        `outputs` and `grads` are label, topk and tail of all tokens, `state` is what `logps` gave, of all tokens too.
+        """
+        weight, wide = self.head.weight, state.dtype
+        rows, width = len(self.index), weight.shape[1]
+        grad_hidden = weight.new_zeros(rows, self.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
+        grad_weight = self.tiles.empty(*weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
+        grad_bias = weight.new_empty(len(weight), dtype=wide) if needs[2] else None
+        if rows:
+            label, topk, tail = outputs
+            logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
+            label, topk, tail = grads
+            incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(wide)
+            coefficients = logit_coefficients(self.entries, self.head, logps, state[self.index], incoming)
+            run_gradient(self.tiles, self.plan, retained, coefficients, Grads(grad_hidden, grad_weight, grad_bias))
+        else:
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.zero_()
+        return Grads(None if grad_hidden is None else grad_hidden[:, :width], grad_weight, grad_bias)
 
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Values of the compacted tokens at their places, 0 elsewhere."""
@@ -212,25 +277,9 @@ def _selected_logps(
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, retained_bytes)
     retained = c.tiles.empty(retained_bytes, dtype=torch.uint8, device=hidden.device)
-    state = run_statistics(c.tiles, c.plan, retained)
-    e = c.entries
-    first_of_id = torch.ones_like(e.in_topk)
-    if e.ids.shape[1] > 1:
-        # A duplicate counts once in the total: the first top-k entry of its id.
-        same = e.ids[:, 1:] == e.ids[:, :-1]
-        first_of_id[:, 1:] = ~(same & e.in_topk[:, :-1])
-    inside = state.selected.where(e.in_topk & first_of_id, -torch.inf)
-    base, lse, tail = merge_tail(state, inside)
-    selected = (state.selected - base[:, None]) - lse[:, None]
-    logps = torch.empty_like(selected).scatter_(1, e.order, selected)
-    k = logps.shape[1] - 1
-    return (
-        c.spread(logps[:, k], labels),
-        c.spread(logps[:, :k], labels),
-        c.spread(tail, labels),
-        c.spread(torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1), labels),
-        retained,
-    )
+    outputs = c.logps(run_statistics(c.tiles, c.plan, retained))
+    label, topk, tail, state = (c.spread(values, labels) for values in outputs)
+    return label, topk, tail, state, retained
 
 
 @_selected_logps.register_fake
@@ -273,26 +322,12 @@ def _selected_logps_backward(
     """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
-    rows, dtype, wide = c.plan.rows, hidden.dtype, state.dtype
-    grad_hidden = hidden.new_zeros(rows, c.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
-    grad_weight = c.tiles.empty(*weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
-    grad_bias = hidden.new_empty(len(weight), dtype=wide) if needs[2] else None
-    if rows:
-        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[c.index]
-        grads = torch.cat([grad_topk, grad_label[:, None], grad_tail[:, None]], 1)[c.index].to(wide)
-        coefficients = logit_coefficients(c.entries, c.head, logps, state[c.index], grads)
-        run_gradient(c.tiles, c.plan, retained, coefficients, Grads(grad_hidden, grad_weight, grad_bias))
-    else:
-        for grad in (grad_weight, grad_bias):
-            if grad is not None:
-                grad.zero_()
+    g = c.gradients((label, topk, tail), (grad_label, grad_topk, grad_tail), state, retained, needs)
     none = hidden.new_empty(0)
-    if grad_hidden is not None:
-        grad_hidden = c.spread(grad_hidden[:, : hidden.shape[1]].to(dtype), hidden)
     return (
-        none if grad_hidden is None else grad_hidden,
-        none.clone() if grad_weight is None else grad_weight,
-        none.clone() if grad_bias is None else grad_bias.to(dtype),
+        none if g.hidden is None else c.spread(g.hidden.to(hidden.dtype), hidden),
+        none.clone() if g.weight is None else g.weight,
+        none.clone() if g.bias is None else g.bias.to(hidden.dtype),
     )
 
 
