@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .checks import is_logp, require
 from .divergence import DivergenceKind, Support, check_divergence_options, topk_divergence
+from .head_checks import check_tolerance
 from .objective import LossType, check_preference_options, check_sum_dtype, dadpo_loss
 from .selected_logps import linear_selected_logps
 from .teacher.targets import TeacherTargets
@@ -63,6 +64,7 @@ def linear_dadpo_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
+    grad_tolerance: float | None = None,
 ) -> DaDPOOutput:
     """Preference loss, token-level distillation and SFT on a batch of pairs, without `[tokens, vocabulary]` logits.
 
@@ -100,7 +102,8 @@ def linear_dadpo_loss(
         kl_weight: weight of the token-level divergence from the teacher, not negative; an extension beyond the paper.
         kl_on: whose answer tokens it is taken on, `both`, `chosen` or `rejected`.
         divergence, support, js_mix, kd_temperature: see `topk_divergence` (`divergence` is its `kind`).
-        bias, logit_scale, softcap, temperature, ignore_index, backend, memory_budget: see `linear_selected_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, backend, memory_budget, grad_tolerance: see
+            `linear_selected_logps`.
         counts: `[3]`, see above; None means `pair_counts(labels)`.
 
     Returns:
@@ -134,7 +137,7 @@ def linear_dadpo_loss(
     selected = linear_selected_logps(
         hidden, weight, labels, None if topk is None else topk.topk_ids, bias=bias, logit_scale=logit_scale,
         softcap=softcap, temperature=temperature, ignore_index=ignore_index, backend=backend,
-        memory_budget=memory_budget,
+        memory_budget=memory_budget, grad_tolerance=grad_tolerance,
     )  # fmt: skip
 
     n_pairs, n_chosen, n_rejected = counts.unbind()
@@ -216,6 +219,7 @@ class LinearDaDPOLoss(nn.Module):
         ignore_index: int = -100,
         backend: str = "auto",
         memory_budget: int | None = None,
+        grad_tolerance: float | None = None,
     ) -> None:
         super().__init__()
         objective: dict[str, Any] = {
@@ -233,7 +237,13 @@ class LinearDaDPOLoss(nn.Module):
         }
         _check_options(**objective)
         head = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-        run = {"ignore_index": ignore_index, "backend": backend, "memory_budget": memory_budget}
+        check_tolerance(grad_tolerance)
+        run = {
+            "ignore_index": ignore_index,
+            "backend": backend,
+            "memory_budget": memory_budget,
+            "grad_tolerance": grad_tolerance,
+        }
         self.options = objective | head | run
 
     def forward(

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from .config import DaDPOConfig
 from .linear_loss import pair_counts
+from .live_diagnostics import live_diagnostics
 from .lm_head import check_lm_head, hidden_states, lm_head
 from .teacher.dataset import PairCollator, PairDataset
 from .teacher.targets import TeacherTargets
+
+LIVE_METRICS = ("certificate", "live_share", "exact_share", "units")  # of LiveDiagnostics, logged as live/*
 
 
 class DaDPOTrainer(Trainer):
@@ -70,6 +73,7 @@ class DaDPOTrainer(Trainer):
         self.tokens_seen = 0
         self._metrics: dict[str, Tensor] = {}
         self._metrics_since = 0
+        self._live: dict[str, float] = {}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -113,12 +117,25 @@ class DaDPOTrainer(Trainer):
                 self._metrics[name] = self._metrics.get(name, 0) + value
         return (out.loss, metrics) if return_outputs else out.loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the parent's; what the live plan reports of its backward joins the metrics, weighted by tokens."""
+        with live_diagnostics() as done:
+            loss = super().training_step(*args, **kwargs)
+        for backward in done:
+            for name in ("tokens", *LIVE_METRICS):
+                value = backward.tokens * (1 if name == "tokens" else getattr(backward, name))
+                self._live[name] = self._live.get(name, 0) + value
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last training log, averaged over its steps."""
         if "loss" in logs:
             steps = self.state.global_step - self._metrics_since
             logs |= {name: float(value) / max(1, steps) for name, value in self._metrics.items()}
             self._metrics, self._metrics_since = {}, self.state.global_step
+            tokens = self._live.pop("tokens", 0)
+            logs |= {f"live/{name}": value / tokens for name, value in self._live.items()}
+            self._live = {}
         super().log(logs, start_time)
 
     @torch.no_grad()
