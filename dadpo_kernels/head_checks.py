@@ -75,3 +75,12 @@ def check_range(name: str, ids: Tensor, vocab: int) -> None:
         "student's embeddings to the teacher's vocabulary, or use a teacher of the student's family"
     )
     require((ids >= 0) & (ids < vocab), ids, name, remedy)
+
+
+def check_tolerance(grad_tolerance: float | None) -> None:
+    """A relative error, or None."""
+    if grad_tolerance is not None and not 0 < grad_tolerance < 1:
+        raise ValueError(
+            f"grad_tolerance={grad_tolerance} must lie in (0, 1): it bounds a relative error, and 1e-3 is about that "
+            "of bfloat16; pass None for exact gradients"
+        )

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from .checks import is_logp, require
 from .divergence import DivergenceKind, Support, check_divergence_options, topk_divergence
+from .head_checks import check_tolerance
 from .objective import LossType, check_preference_options, check_sum_dtype, dadpo_loss
 from .selected_logps import SelectedLogps, linear_selected_logps
 from .teacher.targets import TeacherTargets
@@ -66,6 +67,7 @@ def linear_dadpo_loss(
     ignore_index: int = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
+    grad_tolerance: float | None = None,
     vocab_group: ProcessGroup | None = None,
 ) -> DaDPOOutput:
     """Preference loss, token-level distillation and SFT on a batch of pairs, without `[tokens, vocabulary]` logits.
@@ -104,7 +106,8 @@ def linear_dadpo_loss(
         kl_weight: weight of the token-level divergence from the teacher, not negative; an extension beyond the paper.
         kl_on: whose answer tokens it is taken on, `both`, `chosen` or `rejected`.
         divergence, support, js_mix, kd_temperature: see `topk_divergence` (`divergence` is its `kind`).
-        bias, logit_scale, softcap, temperature, ignore_index, backend, memory_budget: see `linear_selected_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, backend, memory_budget, grad_tolerance: see
+            `linear_selected_logps`.
         counts: `[3]`, see above; None means `pair_counts(labels)`.
         vocab_group: the ranks over which the vocabulary is sharded: weight and bias are then this rank's rows, or
             DTensors, all else is the same on all of them, and so is the loss; see `vocab_parallel_selected_logps`.
@@ -139,7 +142,7 @@ def linear_dadpo_loss(
     vocab = len(weight) if vocab_group is None else 2**31
     topk = _present(teacher, "kl_weight").checked_topk(valid, vocab) if kl_weight else None
 
-    selected = _primitive(vocab_group)(
+    selected = _primitive(vocab_group, grad_tolerance)(
         hidden, weight, labels, None if topk is None else topk.topk_ids, bias=bias, logit_scale=logit_scale,
         softcap=softcap, temperature=temperature, ignore_index=ignore_index, backend=backend,
         memory_budget=memory_budget,
@@ -224,6 +227,7 @@ class LinearDaDPOLoss(nn.Module):
         ignore_index: int = -100,
         backend: str = "auto",
         memory_budget: int | None = None,
+        grad_tolerance: float | None = None,
     ) -> None:
         super().__init__()
         objective: dict[str, Any] = {
@@ -241,7 +245,13 @@ class LinearDaDPOLoss(nn.Module):
         }
         _check_options(**objective)
         head = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-        run = {"ignore_index": ignore_index, "backend": backend, "memory_budget": memory_budget}
+        check_tolerance(grad_tolerance)
+        run = {
+            "ignore_index": ignore_index,
+            "backend": backend,
+            "memory_budget": memory_budget,
+            "grad_tolerance": grad_tolerance,
+        }
         self.options = objective | head | run
 
     def forward(
@@ -265,9 +275,14 @@ class LinearDaDPOLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _primitive(vocab_group: ProcessGroup | None) -> Callable[..., SelectedLogps]:
+def _primitive(vocab_group: ProcessGroup | None, grad_tolerance: float | None) -> Callable[..., SelectedLogps]:
     if vocab_group is None:
-        return linear_selected_logps
+        return partial(linear_selected_logps, grad_tolerance=grad_tolerance)
+    if grad_tolerance is not None:
+        raise ValueError(
+            f"grad_tolerance={grad_tolerance} and a vocab_group: a sharded vocabulary has exact gradients only; "
+            "pass grad_tolerance=None"
+        )
     from .vocab_parallel import vocab_parallel_selected_logps  # here: DTensor takes as long to import as torch
 
     return partial(vocab_parallel_selected_logps, group=vocab_group)

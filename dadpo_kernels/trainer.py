@@ -11,9 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from .config import DaDPOConfig
 from .integrations.engines import check_engine, loss_in_forward, mask_repeated_pairs, whole_parameters
 from .linear_loss import DaDPOOutput, pair_counts
+from .live_diagnostics import live_diagnostics
 from .lm_head import LMHead, check_lm_head, hidden_states, lm_head
 from .teacher.dataset import PairCollator, PairDataset
 from .teacher.targets import TeacherTargets
+
+LIVE_METRICS = ("certificate", "live_share", "exact_share", "units")  # of LiveDiagnostics, logged as live/*
 
 
 class DaDPOTrainer(Trainer):
@@ -72,6 +75,7 @@ class DaDPOTrainer(Trainer):
         self.tokens_seen = 0
         self._metrics: dict[str, Tensor] = {}
         self._metrics_since = 0
+        self._live: dict[str, float] = {}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -84,7 +88,7 @@ class DaDPOTrainer(Trainer):
         if not batches:
             return batches, None
         mask_repeated_pairs(batches[-1], self.args.process_index, self.accelerator.gradient_state.active_dataloader)
-        tokens = sum(self._rows_used(batch["attention_mask"]).sum() for batch in batches)
+        tokens = torch.stack([self._rows_used(batch["attention_mask"]).sum() for batch in batches]).sum()
         counts = [pair_counts(batch["labels"]) for batch in batches]
         *counts, tokens = self._sum_of_ranks(torch.stack([*torch.stack(counts).sum(0), tokens]).to(device))
         self.tokens_seen += int(tokens)
@@ -137,12 +141,25 @@ class DaDPOTrainer(Trainer):
         total = self._sum_of_ranks(torch.stack([*metrics.values()]))
         return dict(zip(metrics, total / self.args.world_size, strict=True))
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the parent's; what the live plan reports of its backward joins the metrics, weighted by tokens."""
+        with live_diagnostics() as done:
+            loss = super().training_step(*args, **kwargs)
+        for backward in done:
+            for name in ("tokens", *LIVE_METRICS):
+                value = backward.tokens * (1 if name == "tokens" else getattr(backward, name))
+                self._live[name] = self._live.get(name, 0) + value
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last training log, averaged over its steps."""
         if "loss" in logs:
             steps = self.state.global_step - self._metrics_since
             logs |= {k: float(v) / max(1, steps) for k, v in self._mean_of_ranks(self._metrics).items()}
             self._metrics, self._metrics_since = {}, self.state.global_step
+            tokens = self._live.pop("tokens", 0)
+            logs |= {f"live/{name}": value / tokens for name, value in self._live.items()}
+            self._live = {}
         super().log(logs, start_time)
 
     @torch.no_grad()

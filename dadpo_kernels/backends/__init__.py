@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, torch_
+from .live import LivePass
 from .tiled import Tiles
 
 
@@ -17,6 +18,7 @@ class Backend(NamedTuple):
     tiles: type[Tiles]
     obstacle: Callable[[torch.device, torch.dtype], str | None]  # why it cannot take such tensors, or None
     devices: tuple[str, ...]  # where "auto" considers it
+    live: type[LivePass] = LivePass  # its live plan
 
 
 # In order of preference.
