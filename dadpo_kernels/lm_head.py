@@ -46,8 +46,9 @@ def lm_head(model: nn.Module) -> LMHead:
             f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
             "weights to the losses yourself"
         )
-    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
-        head = head.modules_to_save[head.active_adapters[0]]
+    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: it counts while its adapter does
+        copies = [] if head.disable_adapters else head.active_adapters
+        head = head.modules_to_save[copies[0]] if copies else head.original_module
     _check_head(type(causal).__name__, head)
     config = causal.config.get_text_config()
     if config.is_encoder_decoder:
