@@ -86,9 +86,9 @@ def largest(shapes: list[list[int]]) -> int:
 
 @cache
 def reads_elements(name: str) -> bool:
-    """Whether this is one of PyTorch's own operations, no product (those are counted apart) and no view."""
+    """Whether this is one of PyTorch's own operations, no product (those are counted apart), factory or view."""
     namespace, _, op = name.partition("::")
-    if namespace != "aten" or op in ("mm", "addmm", "matmul", "linear"):
+    if namespace != "aten" or op in ("mm", "addmm", "matmul", "linear") or op.startswith("new_"):
         return False
     packet = getattr(torch.ops.aten, op)
     returns = [r for overload in packet.overloads() for r in getattr(packet, overload)._schema.returns]

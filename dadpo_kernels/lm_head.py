@@ -62,8 +62,9 @@ def head_module(model: nn.Module) -> nn.Linear:
             f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
             "weights to the losses yourself"
         )
-    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
-        head = head.modules_to_save[head.active_adapters[0]]
+    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: it counts while its adapter does
+        copies = [] if head.disable_adapters else head.active_adapters
+        head = head.modules_to_save[copies[0]] if copies else head.original_module
     _check_head(type(causal).__name__, head)
     return head
 
