@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, torch_
+from . import cpu, cuda, torch_
 from .live import LivePass
 from .tiled import Tiles
 
@@ -24,6 +24,7 @@ class Backend(NamedTuple):
 # In order of preference.
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
+    "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 
