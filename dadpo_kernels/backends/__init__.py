@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, torch_
+from . import cpu, torch_, triton_
 from .tiled import Tiles
 
 
@@ -22,6 +22,7 @@ class Backend(NamedTuple):
 # In order of preference.
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
+    "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 
