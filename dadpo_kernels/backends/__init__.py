@@ -23,6 +23,7 @@ class Backend(NamedTuple):
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
     "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
+    "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 

@@ -8,12 +8,13 @@ and the logits do not. The gradient's products are cuBLAS's in both.
 import importlib.util
 import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
-from .torch_ import TorchTiles, wide_mm
+from .torch_ import TorchTiles, finite, wide_mm
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16)
@@ -21,6 +22,23 @@ WORKSPACE = 192 * 2**20  # bytes of a tile of products in float32 and of its gra
 MAX_K = 2048  # of the radix select, which holds the best k in registers
 # Kept exponentials start at a multiple of 16 bytes, for cuBLAS and TMA, if the bases before them take 16 a row.
 BASES = 4
+REACH = 30.0  # e^30 < 2^44: what a guessed base may be away from a tile's largest logit
+
+
+class Config(NamedTuple):
+    """How a fused kernel cuts its product: rows, columns and depth of a block, row blocks in a group (see `place`)."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+def fixed_config() -> Config:
+    return Config(128, 128, 64, 8, 8, 3)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -93,9 +111,12 @@ class RowTiles(Tiles):
         maxima = torch.empty(groups, self.rows, dtype=torch.float32, device=self.hidden.device)
         return maxima, torch.empty_like(maxima)
 
-    def absorb(self, maxima: Tensor, sums: Tensor, state: State) -> None:
+    def absorb(
+        self, maxima: Tensor, sums: Tensor, state: State, kept: Kept | None = None, stale: Tensor | None = None
+    ) -> None:
+        """Merges partial states into the running one; with `stale`, judges and replaces the guessed bases."""
         self.kernels.absorb[(-(-self.rows // 32),)](
-            maxima, sums, self.rows, len(maxima), state.max, state.sum, None, 0, None, 0.0, 0.0,
+            maxima, sums, self.rows, len(maxima), state.max, state.sum, kept and kept.bases, BASES, stale, REACH,
             ROWS=32, GROUPS=power_of_2(len(maxima)),
         )  # fmt: skip
 
@@ -131,9 +152,7 @@ class RowTiles(Tiles):
             else:
                 self.kept_gradient(first, columns, coefficients, grads, kept)
 
-    def kept_gradient(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept
-    ) -> None:
+    def kept_gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept) -> None:
         """Both products read the retained exponentials as they lie: no pass over the tile."""
         e, m = self.entries, self.entries.ids.shape[1]
         exps = kept.exps[:, :columns]
@@ -173,3 +192,64 @@ class RowTiles(Tiles):
                 BEST=power_of_2(best.k), **self.shape(columns),
             )  # fmt: skip
             self.absorb(maxima, sums, state)
+
+
+class FusedTiles(RowTiles):
+    """Products computed in the kernels that consume them: of a tile of logits, only what is kept leaves the chip.
+
+    Retained exponentials need a base before the tile's maximum is known. It is guessed: the largest logit of the tail
+    so far, 0 before the first tile. bfloat16 and float32 have exponents to spare, so a guess serves within e^+-REACH;
+    a row whose guess did not is repaired with the maximum, which is known then.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
+        super().__init__(hidden, head, entries)
+        same = entries.ids[:, 1:] == entries.ids[:, :-1]
+        self.drop = entries.in_topk.clone()
+        self.drop[:, 1:] |= same  # the label comes last among equals
+        self.drop[:, :-1] &= ~same
+
+    @staticmethod
+    def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
+        return max(256, min(16384, WORKSPACE // (dtype.itemsize * max(1, rows)) // 256 * 256))
+
+    def starts(self, first: int, columns: int, block: int) -> Tensor:
+        """`[blocks + 1, n]`: where each row's entries of each block of columns begin."""
+        edges = torch.arange(first, first + columns + block, block, device=self.hidden.device, dtype=torch.int32)
+        edges[-1] = first + columns
+        found = torch.searchsorted(self.entries.ids, edges.repeat(self.rows, 1), out_int32=True)
+        return found.T.contiguous()
+
+    def launch(self, kernel, config: Config, first: int, columns: int, *arguments) -> None:
+        blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
+        weight, width = self.weight[first : first + columns], self.hidden.shape[1]
+        kernel[(blocks,)](
+            self.hidden, self.hidden.stride(0), self.rows, weight, weight.stride(0), self.bias(first, columns),
+            columns, width, first, *self.transform, self.starts(first, columns, config.BLOCK_N), self.entries.ids,
+            *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
+        )  # fmt: skip
+
+    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
+        kernel, entries = kernels("forward").statistics, self.entries.ids.shape[1]
+        with torch.cuda.device_of(self.hidden):
+            config = fixed_config()
+            maxima, sums = self.partials(-(-columns // config.BLOCK_N))
+            found = (self.drop, entries, state.selected, maxima, sums)
+            if kept is None:
+                self.launch(kernel, config, first, columns, *found, None, 0, None, 0, None)
+                self.absorb(maxima, sums, state)
+                return
+            kept.bases.copy_(finite(state.max)[:, None])
+            store = (kept.exps, kept.exps.stride(0), kept.bases, BASES)
+            stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device)
+            self.launch(kernel, config, first, columns, *found, *store, None)
+            self.absorb(maxima, sums, state, kept, stale)
+            self.launch(kernel, config, first, columns, *found, *store, stale)
+
+    def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
+        dz = torch.empty(self.rows, -(-columns // 8) * 8, dtype=self.hidden.dtype, device=self.hidden.device)
+        self.launch(
+            kernels("backward").logit_gradient, fixed_config(), first, columns, self.entries.ids.shape[1],
+            coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
+        )  # fmt: skip
+        return dz[:, :columns]

@@ -17,13 +17,18 @@ def tanh(x):
 
 @triton.jit
 def transform(products, scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
-    """Products (bias added) -> `(logits, slope)`; the slope, `1 - tanh^2`, has a meaning with a softcap only."""
+    """Products (bias added) -> logits."""
     if SOFTCAP:
-        y = tanh(products * (scale / softcap))
-        return y * (softcap * inv_temperature), 1.0 - y * y
+        return tanh(products * (scale / softcap)) * (softcap * inv_temperature)
     else:
-        z = products * (scale * inv_temperature)
-        return z, z
+        return products * (scale * inv_temperature)
+
+
+@triton.jit
+def slope(logits, softcap, inv_temperature):
+    """The softcap's `1 - tanh^2`, from the logits behind it; 0 where a logit was replaced by -inf."""
+    y = logits / (softcap * inv_temperature)
+    return tl.maximum(1.0 - y * y, 0.0)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ masks or replaces their columns in registers. No program writes what another one
 import triton
 import triton.language as tl
 
-from .logits import finite, transform
+from .logits import finite, slope, transform
 
 
 @triton.jit
@@ -21,14 +21,13 @@ def entry_range(ids, first, columns, entries, ENTRIES: tl.constexpr):
 
 @triton.jit
 def row_logits(products, columns, bias, scale, softcap, inv_temperature, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits and slopes of a row; -inf behind its end."""
+    """Logits of a row; -inf behind its end."""
     column = tl.arange(0, BLOCK)
     inside = column < columns
     product = tl.load(products + column, mask=inside, other=0.0)
     if bias is not None:
         product += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    z, slope = transform(product, scale, softcap, inv_temperature, SOFTCAP)
-    return tl.where(inside, z, float("-inf")), slope
+    return tl.where(inside, transform(product, scale, softcap, inv_temperature, SOFTCAP), float("-inf"))
 
 
 @triton.jit
@@ -43,8 +42,7 @@ def store_selected(
     product = tl.load(products + local, mask=hit, other=0.0)
     if bias is not None:
         product += tl.load(bias + local, mask=hit, other=0.0).to(tl.float32)
-    z, _ = transform(product, scale, softcap, inv_temperature, SOFTCAP)
-    tl.store(selected + entry, z, mask=hit)
+    tl.store(selected + entry, transform(product, scale, softcap, inv_temperature, SOFTCAP), mask=hit)
 
 
 @triton.jit(do_not_specialize=["first", "entries"])
@@ -57,7 +55,7 @@ def statistics(
     row = tl.program_id(0).to(tl.int64)
     products += row * stride
     ids += row * entries
-    z, slope = row_logits(products, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
+    z = row_logits(products, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
     store_selected(
         products, columns, first, bias, ids, entries, selected + row * entries, scale, softcap, inv_temperature,
         SOFTCAP, ENTRIES,
@@ -73,20 +71,20 @@ def statistics(
     tl.store(part_sum + row, tl.sum(e, 0))
     if exps is not None:
         if SOFTCAP:
-            e *= slope
+            e *= slope(z, softcap, inv_temperature)
         tl.store(exps + row * exps_stride + column, e.to(exps.dtype.element_ty), mask=column < columns)
         tl.store(bases + row * bases_stride, largest)
 
 
 @triton.jit(do_not_specialize=["rows", "groups"])
 def absorb(
-    part_max, part_sum, rows, groups, state_max, state_sum, bases, bases_stride, stale, below, above,
+    part_max, part_sum, rows, groups, state_max, state_sum, bases, bases_stride, stale, reach,
     ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial states `[groups, rows]` of a tile, in a fixed order, into the running one.
 
     With `stale`, the tile was stored as `exp(z - bases)` for bases guessed beforehand. A guess serves if the tile's
-    largest logit lies in `[base - below, base + above]`; otherwise it is replaced by that logit and the row marked. A
+    largest logit lies within `reach` of it; otherwise it is replaced by that logit and the row marked. A
     tile without a finite logit gets base -inf: it is all zeros.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -105,7 +103,7 @@ def absorb(
     tl.store(state_sum + row, total, mask=row < rows)
     if stale is not None:
         base = tl.load(bases + row.to(tl.int64) * bases_stride, mask=row < rows, other=0.0)
-        serves = (largest >= base - below) & (largest <= base + above)
+        serves = tl.abs(largest - base) <= reach
         empty = largest == float("-inf")
         tl.store(stale + row, (~(serves | empty)).to(tl.int8), mask=row < rows)
         tl.store(bases + row.to(tl.int64) * bases_stride, tl.where(serves, base, largest), mask=row < rows)
@@ -120,10 +118,10 @@ def logit_gradient(
     """`dz = c exp(z - base)`, its values at the entries, in the operands' dtype."""
     row = tl.program_id(0).to(tl.int64)
     ids += row * entries
-    z, slope = row_logits(products + row * stride, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
+    z = row_logits(products + row * stride, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
     d = tl.exp(z - tl.load(base + row)) * tl.load(c + row)
     if SOFTCAP:
-        d *= slope
+        d *= slope(z, softcap, inv_temperature)
     column = tl.arange(0, BLOCK)
     begin, end = entry_range(ids, first, columns, entries, ENTRIES)
     for entry in range(begin, end):

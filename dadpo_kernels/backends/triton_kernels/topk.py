@@ -39,7 +39,7 @@ def select(
         products, columns, first, bias, ids + row * entries, entries, selected + row * entries, scale, softcap,
         inv_temperature, SOFTCAP, ENTRIES,
     )  # fmt: skip
-    z, _ = row_logits(products, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
+    z = row_logits(products, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
     column = tl.arange(0, BLOCK)
     slot = tl.arange(0, BEST)
     old = tl.load(best_values + slot, mask=slot < have, other=float("-inf"))
