@@ -109,8 +109,9 @@ def check_lm_head(model: nn.Module) -> None:
     training = causal.training
     causal.eval()
     try:
-        own = causal(input_ids=input_ids, use_cache=False).logits
-        hidden = hidden_states(causal, input_ids, torch.ones_like(input_ids)).to(head.weight.device, head.weight.dtype)
+        with torch.autocast(device.type, enabled=False):
+            own = causal(input_ids=input_ids, use_cache=False).logits
+            hidden = hidden_states(causal, input_ids, torch.ones_like(input_ids))
     finally:
         causal.train(training)
     if not own.isfinite().all():
@@ -118,7 +119,9 @@ def check_lm_head(model: nn.Module) -> None:
             f"{type(causal).__name__} gives NaN or infinite logits: check its weights, or load it in another dtype "
             "(float16 overflows where bfloat16 does not)"
         )
-    logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    hidden = hidden.to(head.weight.device, head.weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     error = (logits.to(own.device) - own).abs().max().item()

@@ -69,8 +69,8 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
     check_lm_head(model)
     causal = unwrap(model)
 
-    def with_labels(run: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
-        return selected_forward(causal, run, kwargs, backend=backend, memory_budget=memory_budget)
+    def with_labels(self: Any, run: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
+        return selected_forward(self, run, kwargs, backend=backend, memory_budget=memory_budget)
 
     _check_loss(causal, with_labels)
     replace_forward(causal, lambda kwargs: _labels(kwargs) is not None, with_labels)
@@ -78,16 +78,18 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
 
 
 def replace_forward(
-    causal: Any, wanted: Callable[[dict[str, Any]], bool], instead: Callable[[Callable[..., Any], dict[str, Any]], Any]
+    causal: Any,
+    wanted: Callable[[dict[str, Any]], bool],
+    instead: Callable[[Any, Callable[..., Any], dict[str, Any]], Any],
 ) -> None:
-    """Give the instance a forward that is `instead(its own forward, kwargs)` for the calls that are `wanted`."""
+    """Give the instance a forward that is `instead(self, its own forward, kwargs)` for the calls that are `wanted`."""
     earlier = vars(causal).get("forward")  # that of accelerate's hooks, say
 
     @functools.wraps(type(causal).forward)  # trainers and `generate` read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The class's forward is bound here, not outside, so that a deep copy of the model runs its own layers.
         run = earlier or functools.partial(type(self).forward, self)
-        return instead(functools.partial(run, *args), kwargs) if wanted(kwargs) else run(*args, **kwargs)
+        return instead(self, functools.partial(run, *args), kwargs) if wanted(kwargs) else run(*args, **kwargs)
 
     causal.forward = types.MethodType(forward, causal)
 
@@ -179,7 +181,7 @@ def _check_hidden(causal: Any, hidden: Tensor, labels: Tensor, again: bool) -> N
 
 
 @torch.no_grad()
-def _check_loss(causal: Any, with_labels: Callable[[Callable[..., Any], dict[str, Any]], SelectedLogpsOutput]) -> None:
+def _check_loss(causal: Any, with_labels: Callable[..., SelectedLogpsOutput]) -> None:
     """Compare the loss of the patch with the model's own for a few tokens."""
     embedding = causal.get_input_embeddings().weight
     ids = torch.arange(1, 9, device=embedding.device)[None] % len(embedding)
@@ -187,13 +189,13 @@ def _check_loss(causal: Any, with_labels: Callable[[Callable[..., Any], dict[str
     training = causal.training
     causal.eval()
     try:
-        own, ours = causal(**call).loss, with_labels(causal.forward, call).loss
+        with torch.autocast(embedding.device.type, enabled=False):
+            own, ours = causal(**call).loss.item(), with_labels(causal, causal.forward, call).loss.item()
     finally:
         causal.train(training)
-    error = abs(own.item() - ours.item())
-    allowed = max(8 * torch.finfo(embedding.dtype).eps, 1e-5) * max(1.0, abs(own.item()))
-    if not error <= allowed:
+    allowed = max(8 * torch.finfo(embedding.dtype).eps, 1e-5) * max(1.0, abs(own))
+    if not abs(own - ours) <= allowed:
         raise ValueError(
-            f"the loss of {type(causal).__name__} is {own.item():.6g}, that of its labels under its head "
-            f"{ours.item():.6g}: it is not the cross-entropy of the next token"
+            f"the loss of {type(causal).__name__} is {own:.6g}, that of its labels under its head {ours:.6g}: it is "
+            "not the cross-entropy of the next token"
         )

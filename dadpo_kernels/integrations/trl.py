@@ -315,7 +315,7 @@ def add_fused_lm_head(
         if name in outputs and (token_metrics or name == "log_sum_sq_probs")
     }
 
-    def fused(run: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
+    def fused(self: Any, run: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
         seen: dict[str, Tensor] = {}
 
         def observe(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
@@ -325,7 +325,7 @@ def add_fused_lm_head(
 
         del kwargs["fused_lm_head"]
         out = selected_forward(
-            model, run, kwargs, backend=backend, memory_budget=memory_budget, observe=observe if computed else None
+            self, run, kwargs, backend=backend, memory_budget=memory_budget, observe=observe if computed else None
         )
         logps = out.selected_logps.label
         for name in outputs:
