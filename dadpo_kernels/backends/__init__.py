@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, torch_
+from .cpu_live import CpuLive
 from .live import LivePass
 from .tiled import Tiles
 
@@ -23,7 +24,7 @@ class Backend(NamedTuple):
 
 # In order of preference.
 BACKENDS = {
-    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
+    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 
