@@ -25,7 +25,7 @@ BUDGETS = {"recompute": 0, "partial": 8_000, "retain": 2**31}
 def several_chunks(monkeypatch):
     """Small chunks and tiles, so that small problems have many of both."""
     monkeypatch.setattr("dadpo_kernels.plan.live_chunk", lambda vocab: 16)
-    monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", 300)
+    monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", 256)
 
 
 def live(p: Problem, backend: str, tolerance: float, budget: int | None = None):
@@ -370,6 +370,6 @@ def test_bad_tolerance(tolerance):
 def test_plan_is_inspectable():
     plan = make_live_plan(100, 40, 1000, 4, live_bytes(100, 1000, 4, 5000), 1e-3)
     assert [(c.start, c.stop) for c in plan.chunks] == [(0, 16), (16, 32), (32, 40)]
-    assert plan.tiles == [(0, 300), (300, 300), (600, 300), (900, 100)]
+    assert plan.tiles == [(0, 256), (256, 256), (512, 256), (768, 232)]
     assert plan.profile_bytes == 7 * 1000 * 4
     assert plan.budget == 5000

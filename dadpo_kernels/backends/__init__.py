@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import cpu, cuda, torch_, triton_
+from .cpu_live import CpuLive
 from .live import LivePass
 from .tiled import Tiles
 
@@ -23,7 +24,7 @@ class Backend(NamedTuple):
 
 # In order of preference.
 BACKENDS = {
-    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
+    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
     "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
     "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
     "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),

@@ -39,6 +39,7 @@ class Chunk:
 
     part: slice  # of the rows
     live: Tensor  # [L] ascending
+    places: Tensor  # [M, n] of the entries among the live columns
     exps: Tensor | None  # [L, n] where they were kept
     coefficients: Coefficients
     mass: Tensor  # [n] a_n d_n
@@ -95,29 +96,30 @@ class LivePass:
 
     def choose(self, index: int, exps: Tensor, entries: Entries, state: State, dead: Tensor) -> Tensor:
         """The chunk's live columns, as few as the tolerance allows; fills its profile and `dead [n, 3]`."""
-        base, lse, _ = merge_tail(state, inside_topk(entries, state.selected))
-        share = (finite(state.max) - base - lse).exp()  # P = share * exps
-        sums, energy, outside = self.column_sums(exps, share)
+        row_base, lse, _ = merge_tail(state, inside_topk(entries, state.selected))
+        base = finite(state.max)
+        share = (base - row_base - lse).exp()  # P = share * exps
+        sums, energy, outside = self.column_sums(exps, share, base)
         label = entries.order == entries.order.shape[1] - 1
-        missed = 1 - ((state.selected - base[:, None]) - lse[:, None]).exp()[label]  # dz_y of a log-likelihood
+        missed = 1 - ((state.selected - row_base[:, None]) - lse[:, None]).exp()[label]  # dz_y of a log-likelihood
         slope = self.slope(state.selected)
         if slope is not None:
             missed *= slope[label]
         allowed = (AIM * self.plan.tolerance) ** 2 * (missed.square().sum() + energy.sum()).double()
-        ranked, order = energy.index_fill_(0, entries.ids.long().flatten(), torch.inf).sort()
-        cumulative = ranked.cumsum(0, dtype=torch.float64)
+        energy.index_fill_(0, entries.ids.long().flatten(), torch.inf)
         for allowance in ALLOWANCES:
-            is_dead = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, cumulative <= allowance * allowed)
+            is_dead = energy < self.threshold(energy, allowance * allowed)
             profile = sums * is_dead
             profile /= profile.sum().clamp_min(torch.finfo(self.wide).tiny)
-            mass, residual = self.residuals(exps, is_dead, profile)
-            if (residual * share).double().square().sum() <= allowed:
+            mass, cross, square = self.residuals(exps, is_dead, profile)
+            residual = (square - 2 * mass * cross + mass.square() * profile.square().sum()).clamp_min(0).sqrt()
+            if (residual * share).square().sum() <= allowed:
                 break
         dead.copy_(torch.stack([mass, residual, outside], 1))
         self.profiles[index] = profile.masked_fill_(~is_dead, LIVE)
         return (~is_dead).nonzero()[:, 0]
 
-    def column_sums(self, exps: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def column_sums(self, exps: Tensor, share: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of `P = share * exps`: `sum_n P [V]` and `sum_n P^2 [V]`; and `sum_j exps^2 [n]`."""
         sums, energy, outside = torch.mv(exps, share), exps.new_empty(len(exps)), torch.zeros_like(share)
         for first, columns in self.plan.tiles:
@@ -126,36 +128,46 @@ class LivePass:
             outside += square.sum(0)
         return sums, energy, outside
 
-    def residuals(self, exps: Tensor, is_dead: Tensor, profile: Tensor) -> tuple[Tensor, Tensor]:
-        """`(mass, rho) [n]`: `m = sum_{j dead} exps`, and the norm over the dead columns of `exps - m profile`."""
-        mass, cross = torch.stack([is_dead.to(self.wide), profile]) @ exps
-        square = torch.zeros_like(mass)
+    def threshold(self, energy: Tensor, allowed: Tensor) -> Tensor:
+        """The energy below which all columns together have no more than `allowed`."""
+        ranked = energy.sort().values
+        count = (ranked.cumsum(0, dtype=torch.float64) <= allowed).sum()
+        return torch.cat([ranked, ranked.new_full((1,), torch.inf)])[count]
+
+    def residuals(self, exps: Tensor, is_dead: Tensor, profile: Tensor) -> Tensor:
+        """`[3, n]`: sums over the dead columns of `exps`, of `profile * exps` and of `exps^2`."""
+        sums = torch.zeros(3, exps.shape[1], dtype=torch.float64, device=exps.device)
+        weights = torch.stack([is_dead.to(self.wide), profile])
         for first, columns in self.plan.tiles:
-            tile = slice(first, first + columns)
-            square += is_dead[tile].to(self.wide) @ exps[tile].square()
-        return mass, (square - 2 * mass * cross + mass.square() * profile.square().sum()).clamp_min(0).sqrt()
+            tile = exps[first : first + columns]
+            sums[:2] += weights[:, first : first + columns] @ tile
+            sums[2] += weights[0, first : first + columns] @ tile.square()
+        return sums
 
     def gradient(self, coefficients: Coefficients, dead: Tensor, grads: Grads) -> None:
         """Writes the gradients of all rows and records the diagnostics; `dead` is what `statistics` returned."""
         chunks = self.checked_chunks(coefficients, dead, grads)
-        hidden, weight = self.hidden, self.head.weight
-        grad_hidden = None if grads.hidden is None else grads.hidden[:, : hidden.shape[1]]
+        plan, hidden, weight = self.plan, self.hidden, self.head.weight
         spread = torch.stack([chunk.mass @ hidden[chunk.part].to(self.wide) for chunk in chunks])  # [chunks, H]
         total = torch.stack([chunk.mass.sum() for chunk in chunks])
         ghosts = torch.zeros_like(spread)  # profile @ weight
-        for first, columns in self.plan.tiles:
+        grad_hidden = None if grads.hidden is None else grads.hidden[:, : hidden.shape[1]]
+        for first, columns in plan.tiles:
             tile = slice(first, first + columns)
             profile = self.profiles[: len(chunks), tile].clamp_min(0)
-            grad_weight = None if grads.weight is None else profile.T @ spread
-            grad_bias = None if grads.bias is None else profile.T @ total
             if grad_hidden is not None:
-                ghosts += wide_mm(profile, weight[tile].to(self.wide))
+                ghosts += profile @ weight[tile].to(self.wide)
+            grad_weight = grad_bias = None
+            if grads.weight is not None:
+                grad_weight = accumulator(grads.weight[tile], self.wide)
+                torch.mm(profile.T, spread, out=grad_weight)
+            if grads.bias is not None:
+                grad_bias = grads.bias[tile]
+                torch.mv(profile.T, total, out=grad_bias)
             for chunk in chunks:
                 self.live_gradient(chunk, first, columns, Grads(grad_hidden, grad_weight, grad_bias))
             if grads.weight is not None and grad_weight is not None:
                 grads.weight[tile] = grad_weight
-            if grads.bias is not None and grad_bias is not None:
-                grads.bias[tile] = grad_bias
         if grad_hidden is not None:
             for chunk, ghost in zip(chunks, ghosts, strict=True):
                 grad_hidden[chunk.part].addr_(chunk.mass, ghost)
@@ -166,21 +178,20 @@ class LivePass:
         if begin == end:
             return
         live, own, part = chunk.live[begin:end], chunk.coefficients, chunk.part
+        dz = own.c.new_empty(len(live) + 1, len(own.c))  # and a spare row
         if chunk.exps is not None:
-            dz = chunk.exps[begin:end].to(self.wide) * own.c
+            torch.mul(chunk.exps[begin:end], own.c, out=dz[:-1])
         else:
             logits = self.logits(live, part)
             slope = self.slope(logits)
-            dz = (logits - own.base).exp_().mul_(own.c)
+            torch.mul(logits.sub_(own.base).exp_(), own.c, out=dz[:-1])
             if slope is not None:
-                dz *= slope
-        ids = self.entries.ids[part].long().T.contiguous()
-        hit = (ids >= first) & (ids < first + columns)
-        place = torch.searchsorted(live, ids).where(hit, len(live))  # every entry's column is live
-        dz = torch.cat([dz, dz.new_empty(1, dz.shape[1])]).scatter_(0, place, own.values.T)[:-1]
+                dz[:-1] *= slope
+        inside = (chunk.places >= begin) & (chunk.places < end)
+        dz = dz.scatter_(0, (chunk.places - begin).where(inside, len(live)), own.values.T)[:-1]
         low = dz.to(self.hidden.dtype)
         if grads.hidden is not None:
-            grads.hidden[part].add_(wide_mm(low.T, self.head.weight[live]))
+            add_product(grads.hidden[part], low.T, self.head.weight[live])
         if grads.weight is not None:  # a chunk's columns are distinct: no two additions meet
             grads.weight.index_add_(0, live - first, wide_mm(low, self.hidden[part]))
         if grads.bias is not None:
@@ -207,7 +218,8 @@ class LivePass:
             if not fits[index]:
                 live, exps, ghost = torch.arange(plan.vocab, device=live.device), None, torch.zeros_like(ghost)
                 exact += count
-            chunks.append(Chunk(part, live, exps, own, ghost))
+            places = torch.searchsorted(live, self.entries.ids[part].T.long().contiguous())
+            chunks.append(Chunk(part, live, places, exps, own, ghost))
             lived += len(live) * count
             recomputed += 0 if exps is not None else len(live) * count
         everything = plan.rows * plan.vocab
@@ -234,3 +246,16 @@ class LivePass:
         """`1 - tanh^2` of the softcap, from the logits behind it."""
         h = self.head
         return None if h.softcap is None else 1 - (logits * (h.temperature / h.softcap)).square()
+
+
+def accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out` itself if it can hold sums, else a wide buffer of its shape."""
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out += a @ b`, accumulated in out's dtype."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(wide_mm(a, b))
