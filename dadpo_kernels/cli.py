@@ -10,6 +10,7 @@ COMMANDS = {
     "teacher": "run a teacher over preference pairs once and cache its targets",
     "reference": "add a reference model's log-probabilities to a cache",
     "train": "train a student from a cache of teacher targets",
+    "memory": "say which plan of the loss fits into memory, and what it costs",
     "doctor": "say what is built, which backend is picked and why",
 }
 

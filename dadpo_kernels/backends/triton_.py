@@ -90,6 +90,11 @@ class RowTiles(Tiles):
     def kept_shape(rows: int, columns: int) -> tuple[int, int]:
         return -(-columns // 8) * 8, BASES
 
+    @staticmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        # The tile of products and that of its gradient; a product that is scaled before it joins hidden's gradient.
+        return rows * (columns * (4 + dtype.itemsize) + width * 4)
+
     def bias(self, first: int, columns: int) -> Tensor | None:
         return None if self.head.bias is None else self.head.bias[first : first + columns]
 
@@ -212,6 +217,11 @@ class FusedTiles(RowTiles):
     @staticmethod
     def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
         return max(256, min(16384, WORKSPACE // (dtype.itemsize * max(1, rows)) // 256 * 256))
+
+    @staticmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        # The tile of the logits' gradient; a product that is scaled before it joins hidden's gradient.
+        return rows * (columns * dtype.itemsize + width * 4)
 
     def starts(self, first: int, columns: int, block: int) -> Tensor:
         """`[blocks + 1, n]`: where each row's entries of each block of columns begin."""
