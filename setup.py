@@ -96,7 +96,7 @@ def cuda_module(n, target: str) -> None:
             codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     listed = " ".join(version + "+PTX" * ptx for version, ptx in archs)
     host = f"-ccbin {shlex.quote(shlex.split(cxx)[0])}" if "CXX" in os.environ else ""
-    rules(n, f"{cxx} {COMMON}", f"{nvcc} {host} -shared -cudart static")
+    rules(n, f"{cxx} {COMMON}", f"{nvcc} {host} -shared -cudart static -nodlink")
     flags = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall"
     n.rule(
         "nvcc", f"{nvcc} {host} {flags} {' '.join(codes)} -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"

@@ -1,10 +1,4 @@
-"""The CUDA backend executed without a GPU: its kernels' source compiled by g++, its Python class on CPU tensors.
-
-`test_cuda_sanitizers.py` runs this file again on sanitized builds.
-"""
-
-import os
-from pathlib import Path
+"""The CUDA backend executed without a GPU: its kernels' source compiled by g++, its Python class on CPU tensors."""
 
 import cuda_host
 import pytest
@@ -25,9 +19,8 @@ ALL_OPTIONS = {"bias": True, "logit_scale": -0.5, "softcap": 6.0, "temperature":
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory):
-    built = os.environ.get("CUDA_HOST_MODULE")
-    return cuda_host.load(Path(built) if built else cuda_host.build(tmp_path_factory.mktemp("cuda_host")))
+def host():
+    return cuda_host.load(cuda_host.plain())
 
 
 @pytest.fixture(autouse=True)

@@ -207,6 +207,9 @@ __device__ __forceinline__ void store_selected(const Tile& t, const float* row, 
     }
 }
 
+// Of equal ids the first: no two threads write the same place.
+__device__ __forceinline__ bool distinct(const int32_t* ids, int e) { return e == 0 || ids[e - 1] != ids[e]; }
+
 // Replaces what this block has written at the row's entries. Its other threads wrote there just before.
 template <typename T>
 __device__ __forceinline__ void overwrite(T* row, const Window& w, const int32_t* ids, int count, int first,
@@ -214,7 +217,7 @@ __device__ __forceinline__ void overwrite(T* row, const Window& w, const int32_t
     __syncthreads();
     const Hits hits(ids, count, first + w.begin, first + w.end);
     for (int e = hits.begin + static_cast<int>(threadIdx.x); e < hits.end; e += kThreads)
-        row[ids[e] - first] = from_float<T>(values ? values[e] : 0.0f);
+        if (distinct(ids, e)) row[ids[e] - first] = from_float<T>(values ? values[e] : 0.0f);
 }
 
 struct Max {

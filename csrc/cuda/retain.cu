@@ -33,9 +33,6 @@ __global__ void __launch_bounds__(kThreads) scale_retained_kernel(RetainedGradie
               a.values + row * a.entries.count);
 }
 
-// Of equal ids the first: no two lanes write the same place.
-__device__ __forceinline__ bool distinct(const int32_t* ids, int e) { return e == 0 || ids[e - 1] != ids[e]; }
-
 // A factor may be tiny beside the values, or 0. It is then raised to 2^-100 of the largest, so that the quotients stay
 // finite; the exponentials, at most 1, it overstates by no more than that.
 template <typename T>
