@@ -10,7 +10,6 @@ reference and the optimizer's state: activations, gradients and the head's works
 """
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -98,14 +97,12 @@ def main() -> None:
     from .run import environment
 
     result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
-    result["environment"] = environment(args.threads) | {"date": datetime.date.today().isoformat()}
-    threads = {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    result["environment"] = environment(args.threads)
+    env = os.environ | {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     for variant in args.variants * args.repeats:
         command = [sys.executable, "-m", "benchmarks.trl_step", "--variants", variant, "--steps", str(args.steps)]
         command += ["--pairs", str(args.pairs)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | threads, check=True, stdout=subprocess.PIPE, text=True
-        )
+        done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
         result["rows"].append(json.loads(done.stdout.splitlines()[-1]))
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
