@@ -15,7 +15,7 @@ import torch
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 
 from dadpo_kernels.teacher import capture
-from dadpo_kernels.teacher.capture import batches, capture_reference, capture_teacher, plan_shards
+from dadpo_kernels.teacher.capture import batches, capture_reference, capture_teacher
 from dadpo_kernels.teacher.dataset import PairDataset
 from dadpo_kernels.teacher.errors import (
     CacheBusyError,
@@ -25,6 +25,7 @@ from dadpo_kernels.teacher.errors import (
     CacheVocabularyError,
 )
 from dadpo_kernels.teacher.pairs import tokenize_pairs
+from dadpo_kernels.teacher.passes import plan_shards
 from dadpo_kernels.teacher.shards import MANIFEST, read_manifest, writing
 
 pytestmark = pytest.mark.usefixtures("one_thread")

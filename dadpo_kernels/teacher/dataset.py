@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from .errors import CacheFormatError, CacheReferenceError, CacheVocabularyError
 from .pairs import Pair, pad_pairs
+from .reader import RowReader
 from .rows import ANSWERS, REFERENCE_SCHEMA, TEACHER_SCHEMA, read_pair, read_targets
-from .shards import MANIFEST, REFERENCE, RowReader, read_complete
+from .shards import MANIFEST, REFERENCE, read_complete
 from .vocabulary import check_vocabulary
 
 
