@@ -14,6 +14,7 @@ from ..selected_logps import linear_selected_logps
 from ..topk_logps import linear_topk_logps
 from .errors import CacheReferenceError
 from .fingerprints import model_fingerprint
+from .fold import asked_for, fold
 from .pairs import IGNORE_INDEX, Pair, TokenizedPairs, pad_pairs
 from .passes import REFERENCE_ROWS, Score, Targets, run_pass, teacher_settings, tokens_sha256, write_teacher
 from .reader import read_tokens
@@ -31,6 +32,7 @@ def capture_teacher(
     out: str | Path,
     *,
     k: int = 64,
+    student_vocab_size: int | None = None,
     batch_tokens: int = 4096,
     shard_tokens: int = 65536,
     progress: bool = False,
@@ -48,6 +50,8 @@ def capture_teacher(
         tokenizer: the one that made `data`; its vocabulary is stored, to be compared with the student's.
         data: from `tokenize_pairs`.
         k: top-k size, at most the vocabulary's.
+        student_vocab_size: rows of the student's head if they are fewer than the teacher's: no other ids are stored,
+            and the teacher's mass on them is part of the tail. A pair that has such a token is refused.
         batch_tokens: padded tokens a forward pass, at least one pair. Changes speed and memory, and may be changed
             when resuming.
         shard_tokens: answer tokens a shard, about: what a kill costs at most.
@@ -58,24 +62,28 @@ def capture_teacher(
 
     Raises:
         CacheSettingsError: `out` holds a capture with other settings; the message names them.
+        CacheVocabularyError: a pair has ids that the vocabulary has not.
         ValueError: the model's head is not supported, the model gives NaN, or an argument is out of range.
     """
     causal, head = _prepare(model)
-    settings = teacher_settings(tokenizer, data, k, len(head.weight), shard_tokens) | {
+    settings = teacher_settings(tokenizer, data, k, len(head.weight), student_vocab_size, shard_tokens) | {
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "model_sha256": model_fingerprint(causal),
     }
 
+    asked, folds = asked_for(k, settings), settings["vocab_size"] < len(head.weight)
+
     def answer(hidden: Tensor, labels: Tensor) -> Targets:
-        out = linear_topk_logps(hidden, head.weight, k, labels=labels, **_options(head))
+        out = linear_topk_logps(hidden, head.weight, asked, labels=labels, **_options(head))
         assert out.label is not None
         columns = {
             "label_logps": out.label.float(),
             "topk_ids": out.ids.int(),
-            "topk_logps": out.logps.half(),
+            "topk_logps": out.logps.float(),
             "topk_tail": out.tail.float(),
         }
-        return {name: values.cpu().numpy() for name, values in columns.items()}
+        targets = {name: values.cpu().numpy() for name, values in columns.items()}
+        return fold("the teacher", targets, k, settings["vocab_size"]) if folds else targets
 
     score = _model_score(causal, head, answer, batch_tokens)
     return write_teacher(tokenizer, data, Path(out), settings, _name(causal), score, progress=progress)

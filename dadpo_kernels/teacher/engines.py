@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .answers import Answers
+from .fold import asked_for, fold
 from .pairs import Pair, TokenizedPairs
 from .passes import Targets, teacher_settings, write_teacher
 from .prompt_logprobs import answer_targets
@@ -27,6 +28,7 @@ def capture_from_server(
     *,
     k: int = 64,
     vocab_size: int,
+    student_vocab_size: int | None = None,
     concurrency: int = 32,
     shard_tokens: int = 65536,
     progress: bool = False,
@@ -42,7 +44,8 @@ def capture_from_server(
         k: top-k size; vLLM's limit is 20 unless it is started with `--max-logprobs`.
         vocab_size: of the teacher's configuration.
         concurrency: requests under way at a time.
-        data, out, shard_tokens, progress: as `capture_teacher` takes them.
+        data, out, student_vocab_size, shard_tokens, progress: as `capture_teacher` takes them; with a smaller student
+            vocabulary up to k + 16 log-probabilities a position are asked for.
 
     Raises:
         ServerError, AnswerError: the server fails for longer than its retries last; what came before is kept.
@@ -50,7 +53,8 @@ def capture_from_server(
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-    settings = teacher_settings(tokenizer, data, k, vocab_size, shard_tokens) | {"served_model": server.model}
+    settings = teacher_settings(tokenizer, data, k, vocab_size, student_vocab_size, shard_tokens)
+    settings |= {"served_model": server.model}
     run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     directory = Path(out)
     started: list[Path] = []  # files of answers whose shard is written when the next one is asked for
@@ -61,7 +65,7 @@ def capture_from_server(
         path = directory / f".answers-{run}-{number:05d}.sqlite"
         started.append(path)
         with closing(Answers(path)) as answers, ThreadPoolExecutor(concurrency) as executor:
-            yield from _ask(executor, server, shard, answers, k, vocab_size)
+            yield from _ask(executor, server, shard, answers, settings)
 
     manifest = write_teacher(tokenizer, data, directory, settings, server.model, score, progress=progress)
     for path in started:
@@ -74,8 +78,7 @@ def _ask(
     server: CompletionsServer,
     shard: Sequence[Pair],
     answers: Answers,
-    k: int,
-    vocab: int,
+    settings: dict[str, Any],
 ) -> Iterator[tuple[Pair, Targets, Targets]]:
     """Pairs as their two answers get complete: sequence 2i is pair i with its chosen answer, 2i + 1 with the other."""
     sequences = _sequences(shard)
@@ -87,11 +90,14 @@ def _ask(
         if 2 * i in found and 2 * i + 1 in found:
             yield pair, found[2 * i], found[2 * i + 1]
 
+    k, vocab_size, teacher_size = settings["k"], settings["vocab_size"], settings["teacher_vocab_size"]
+    wanted = asked_for(k, settings)
     stopped = threading.Event()
 
     def ask(i: int) -> Targets:
         ids, start = sequences[i]
-        return server.score(ids, k, lambda answer: answer_targets(answer, ids, start, k, vocab), stopped)
+        targets = server.score(ids, wanted, lambda a: answer_targets(a, ids, start, wanted, teacher_size), stopped)
+        return fold(f"pair {shard[i // 2].index}", targets, k, vocab_size) if vocab_size < teacher_size else targets
 
     asked = {executor.submit(ask, i): i for i in range(len(sequences)) if i not in found}
     try:
@@ -149,7 +155,7 @@ def capture_from_vllm(
         ]
         yield from zip(shard, targets[::2], targets[1::2], strict=True)
 
-    settings = teacher_settings(tokenizer, data, k, vocab_size, shard_tokens) | {"served_model": model}
+    settings = teacher_settings(tokenizer, data, k, vocab_size, None, shard_tokens) | {"served_model": model}
     return write_teacher(tokenizer, data, Path(out), settings, model, score, progress=progress)
 
 

@@ -4,12 +4,17 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
     """The tokenizer of a model, from the hub, a directory or a GGUF file in it."""
     return AutoTokenizer.from_pretrained(name, **_source(revision, gguf_file))
+
+
+def vocabulary_size(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> int:
+    """Rows of a model's head, from its configuration."""
+    return AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).get_text_config().vocab_size
 
 
 def load_model(

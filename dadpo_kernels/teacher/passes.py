@@ -81,11 +81,17 @@ def run_pass(
 
 
 def teacher_settings(
-    tokenizer: Any, data: TokenizedPairs, k: int, vocab_size: int, shard_tokens: int
+    tokenizer: Any,
+    data: TokenizedPairs,
+    k: int,
+    teacher_vocab_size: int,
+    student_vocab_size: int | None,
+    shard_tokens: int,
 ) -> dict[str, Any]:
     """What a resumed capture must agree in, whatever runs the teacher."""
+    vocab_size = min(teacher_vocab_size, student_vocab_size or teacher_vocab_size)
     if not 0 <= k <= vocab_size:
-        raise ValueError(f"k={k} is outside [0, {vocab_size}], the teacher's vocabulary")
+        raise ValueError(f"k={k} is outside [0, {vocab_size}], the vocabulary of teacher and student")
     for pair in data.pairs:
         for ids in pair.ids:
             check_ids(f"pair {pair.index}", ids, vocab_size)
@@ -93,6 +99,7 @@ def teacher_settings(
         "k": k,
         "temperature": 1.0,
         "vocab_size": vocab_size,
+        "teacher_vocab_size": teacher_vocab_size,
         "max_length": data.max_length,
         "shard_tokens": shard_tokens,
         "pairs": len(data.pairs),

@@ -45,8 +45,8 @@ def answer_targets(prompt_logprobs: Any, ids: Sequence[int], start: int, k: int,
         if token not in entries or len(entries) not in (k, k + 1):
             raise AnswerError(
                 f"position {at} has {len(entries)} log-probabilities, and that of token {token} is "
-                f"{'one of them' if token in entries else 'missing'}; {k} were asked for, and this token's: the server "
-                "scored another sequence, or limits prompt_logprobs"
+                f"{'one of them' if token in entries else 'missing'}; {k} were asked for, and this token's: the "
+                "server scored another sequence, or limits prompt_logprobs"
             )
         label[row] = entries[token]
         if len(entries) > k:
@@ -66,7 +66,7 @@ def answer_targets(prompt_logprobs: Any, ids: Sequence[int], start: int, k: int,
     return {
         "label_logps": label.astype(np.float32),
         "topk_ids": topk_ids.astype(np.int32),
-        "topk_logps": topk.astype(np.float16),
+        "topk_logps": topk.astype(np.float32),
         "topk_tail": _tail(topk, np.where(outside, label, -np.inf), vocab_size).astype(np.float32),
     }
 
@@ -84,17 +84,14 @@ def _tail(topk: np.ndarray, outside: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _positions(prompt_logprobs: Any, length: int) -> Any:
-    count = len(getattr(prompt_logprobs, "start_indices", prompt_logprobs)) if _is_list(prompt_logprobs) else None
+    listed = getattr(prompt_logprobs, "start_indices", prompt_logprobs)
+    count = len(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else None
     if count != length:
         raise AnswerError(
             f"prompt_logprobs of {'no' if count is None else count} tokens, {length} were sent: the server cut the "
             "prompt, added a token, or does not support prompt_logprobs"
         )
     return prompt_logprobs
-
-
-def _is_list(prompt_logprobs: Any) -> bool:
-    return isinstance(prompt_logprobs, Sequence) and not isinstance(prompt_logprobs, str)
 
 
 def _entries(positions: Any, at: int) -> dict[int, float]:
@@ -110,8 +107,6 @@ def _entries(positions: Any, at: int) -> dict[int, float]:
         number = value.get("logprob") if isinstance(value, Mapping) else getattr(value, "logprob", None)
         is_id = type(key) is int or (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12)
         if not is_id or not isinstance(number, int | float) or isinstance(number, bool):
-            raise AnswerError(
-                f"position {at} is malformed: an id with a logprob is needed, not {key!r}: {value!r:.80}"
-            )
+            raise AnswerError(f"position {at} is malformed: {key!r} with {str(value)[:80]} is no id with a logprob")
         found[int(key)] = number if isinstance(number, float) or abs(number) < 2**31 else np.nan
     return found

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import httpx
+import httpx2
 
 from .errors import AnswerError, ServerError
 
@@ -51,15 +51,15 @@ class CompletionsServer:
         backoff: float = 1.0,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        if httpx.URL(self.url).scheme not in ("http", "https"):
+        if httpx2.URL(self.url).scheme not in ("http", "https"):
             raise ValueError(f"url must begin with http:// or https://, got {url!r}")
         for name, value in (("timeout", timeout), ("attempts", attempts), ("backoff", backoff)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         self._timeout, self._attempts, self._backoff = timeout, attempts, backoff
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None)
-        self._client = httpx.Client(headers=headers, timeout=timeout, limits=limits)
+        limits = httpx2.Limits(max_connections=None)
+        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
         self.model = model or self._only_model()
 
     def score(
@@ -91,11 +91,9 @@ class CompletionsServer:
     def _only_model(self) -> str:
         def parse(document: Any) -> list[str]:
             data = document.get("data")
-            if not isinstance(data, list) or not all(
-                isinstance(m, dict) and isinstance(m.get("id"), str) for m in data
-            ):
+            if not isinstance(data, list) or not all(isinstance(model, dict) for model in data):
                 raise AnswerError("a list of models is needed")
-            return [model["id"] for model in data]
+            return [str(model.get("id")) for model in data]
 
         served = self._request("GET", "/v1/models", None, 2**22, parse, threading.Event())
         if len(served) != 1:
@@ -116,7 +114,7 @@ class CompletionsServer:
                 if status < 500 and status not in _RETRIED:
                     raise _refused(reason, status, body)
                 wait = max(wait, _seconds(headers.get("retry-after")))
-            except (httpx.TransportError, httpx.DecodingError) as error:
+            except (httpx2.TransportError, httpx2.DecodingError) as error:
                 reason = ServerError(f"{self.url}{path} cannot be reached: {type(error).__name__} {error}")
             except AnswerError as error:
                 reason = AnswerError(f"{self.url}{path}: {error}")
@@ -125,8 +123,8 @@ class CompletionsServer:
             delay = min(2 * delay, _LONGEST_WAIT)
         raise AssertionError("unreachable")
 
-    def _send(self, method: str, path: str, body: Any, limit: int) -> tuple[int, httpx.Headers, bytes]:
-        """Status, headers and body. httpx's timeouts are for single reads: a deadline stops a server that drips."""
+    def _send(self, method: str, path: str, body: Any, limit: int) -> tuple[int, httpx2.Headers, bytes]:
+        """Status, headers and body. httpx2's timeouts are for single reads: a deadline stops a server that drips."""
         deadline = time.monotonic() + self._timeout
         parts, size = [], 0
         with self._client.stream(method, self.url + path, json=body) as response:
@@ -136,7 +134,7 @@ class CompletionsServer:
                 if size > limit:
                     raise AnswerError(f"an answer of more than {limit} bytes")
                 if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout(f"no complete answer after {self._timeout:g} s")
+                    raise httpx2.ReadTimeout(f"no complete answer after {self._timeout:g} s")
         return response.status_code, response.headers, b"".join(parts)
 
 
