@@ -1,12 +1,12 @@
 """What a teacher's capture costs and what its cache loses, on SmolLM2-135M.
 
-    python -m benchmarks.capture head  --out benchmarks/results/capture.json
+    python -m benchmarks.capture head --dtype float32 --out benchmarks/results/capture.json
     python -m benchmarks.capture cache --out benchmarks/results/capture.json
     python -m benchmarks.capture reader --out benchmarks/results/capture.json
 
 Each part replaces its section of the file (times in seconds, memory in MiB, k = 64, and `environment` beside them):
 
-    head    [{dtype, tokens, gemm, ours, dense: seconds (medians), ours_mib, dense_mib}]. gemm: the product that makes
+    head/DTYPE [{tokens, gemm, ours, dense: seconds (medians), ours_mib, dense_mib}]. gemm: the product that makes
             the logits, into memory that exists, in its fastest arrangement. ours: `linear_topk_logps` with labels.
             dense: `log_softmax(logits).topk(k)`, and the label's gathered. Memory: growth of the resident set
     cache   {tokens, bytes_per_token, tokens_per_second, kl_exact, kl_cached, kl_error_mean, kl_error_max}: a cache of
@@ -36,13 +36,14 @@ from dadpo_kernels.teacher.pairs import pad_pairs, read_pairs, tokenize_pairs
 from dadpo_kernels.teacher.sampler import ShardSampler
 from examples.smollm2 import smollm2_dir, smollm2_hidden
 
+from .cases import DTYPES
 from .floor import products, timed
 from .measure import reset_high_water_mark, resident_mib
 from .run import environment
 
 K = 64
 PAIRS = Path(__file__).parent.parent / "examples" / "quickstart" / "data" / "train.jsonl"
-REPEATS = 5
+REPEATS = 3
 
 
 def dense_topk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,35 +51,33 @@ def dense_topk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     return *logps.topk(K), logps.gather(1, labels[:, None])
 
 
-def head(tokens: list[int]) -> list[dict]:
-    hidden, weight, labels = smollm2_hidden(max(tokens))
+def head(tokens: list[int], dtype: torch.dtype) -> list[dict]:
+    hidden, weight, labels = smollm2_hidden(max(tokens), dtype)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        w = weight.to(dtype)
-        for n in tokens:
-            h, y = hidden[:n].to(dtype), labels[:n]
+    for n in tokens:
+        h, y = hidden[:n], labels[:n]
 
-            def ours(h=h, w=w, y=y) -> object:
-                return linear_topk_logps(h, w, K, labels=y)
+        def ours(h=h, y=y) -> object:
+            return linear_topk_logps(h, weight, K, labels=y)
 
-            def dense(h=h, w=w, y=y) -> object:
-                return dense_topk(h, w, y)
+        def dense(h=h, y=y) -> object:
+            return dense_topk(h, weight, y)
 
-            row: dict = {"dtype": str(dtype).removeprefix("torch."), "tokens": n}
-            for name, call in (("ours_mib", ours), ("dense_mib", dense)):
-                call()
-                before = reset_high_water_mark()
-                call()
-                row[name] = resident_mib("VmHWM") - before
-            gemms = [run for product, _, run in products(h, w) if product == "logits"]
-            times: dict[str, list[float]] = {"gemm": [], "ours": [], "dense": []}
-            for _ in range(REPEATS):
-                times["gemm"].append(min(timed(run) for run in gemms))
-                times["ours"].append(timed(ours))
-                times["dense"].append(timed(dense))
-            row |= {name: statistics.median(values) for name, values in times.items()}
-            rows.append(row)
-            print(row, flush=True)
+        row: dict = {"tokens": n}
+        for name, call in (("ours_mib", ours), ("dense_mib", dense)):
+            call()
+            before = reset_high_water_mark()
+            call()
+            row[name] = resident_mib("VmHWM") - before
+        gemm = min((run for product, _, run in products(h, weight) if product == "logits"), key=timed)
+        times: dict[str, list[float]] = {"gemm": [], "ours": [], "dense": []}
+        for _ in range(REPEATS):
+            times["gemm"].append(timed(gemm))
+            times["ours"].append(timed(ours))
+            times["dense"].append(timed(dense))
+        row |= {name: statistics.median(values) for name, values in times.items()}
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -173,18 +172,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("head", "cache", "reader"))
     parser.add_argument("--out", required=True, type=Path, help="JSON file; its other sections stay")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 1024, 2048], help="for head")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048], help="for head")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for head")
     parser.add_argument("--pairs", type=int, default=16, help="for cache and reader")
     args = parser.parse_args()
     result: list | dict
     if args.part == "head":
-        result = head(args.tokens)
+        result = head(args.tokens, DTYPES[args.dtype])
     elif args.part == "cache":
         result = cache(args.pairs)
     else:
         result = reader(args.pairs, 4)
     sections = json.loads(args.out.read_text()) if args.out.exists() else {}
-    sections[args.part] = {"environment": environment(torch.get_num_threads()), "result": result}
+    section = f"head/{args.dtype}" if args.part == "head" else args.part
+    sections[section] = {"environment": environment(torch.get_num_threads()), "result": result}
     args.out.write_text(json.dumps(sections, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
