@@ -163,7 +163,11 @@ VARIANTS = {
     "default": Variant("dadpo-kernels, default budget", BOTH, ours(None), ours=True),
     "retain": Variant("dadpo-kernels, retain", BOTH, ours(RETAIN_EVERYTHING), ours=True),
     "live": Variant(
-        "dadpo-kernels, live, tolerance 1e-3", BOTH, ours(None, LIVE_TOLERANCE), ours=True, tolerance=LIVE_TOLERANCE
+        f"dadpo-kernels, live, tolerance {LIVE_TOLERANCE:g}",
+        BOTH,
+        ours(None, LIVE_TOLERANCE),
+        ours=True,
+        tolerance=LIVE_TOLERANCE,
     ),
     "frozen": Variant("dadpo-kernels, frozen head", BOTH, ours(None), ours=True, frozen=True),
     "dense": Variant("PyTorch, full logits", BOTH, dense),
