@@ -37,6 +37,7 @@ class Variant:
     loss: Callable[[Inputs, str], Tensor]
     ours: bool = False
     frozen: bool = False  # the head's weight requires no gradient
+    tolerance: float = 0.0  # relative error of the logits' gradient it may have beyond rounding
 
 
 def pair_loss(inputs: Inputs, label_logps: Tensor) -> Tensor:
@@ -161,7 +162,13 @@ VARIANTS = {
     "recompute": Variant("dadpo-kernels, recompute (budget 0)", BOTH, ours(0), ours=True),
     "default": Variant("dadpo-kernels, default budget", BOTH, ours(None), ours=True),
     "retain": Variant("dadpo-kernels, retain", BOTH, ours(RETAIN_EVERYTHING), ours=True),
-    "live": Variant("dadpo-kernels, live, tolerance 1e-3", BOTH, ours(None, LIVE_TOLERANCE), ours=True),
+    "live": Variant(
+        f"dadpo-kernels, live, tolerance {LIVE_TOLERANCE:g}",
+        BOTH,
+        ours(None, LIVE_TOLERANCE),
+        ours=True,
+        tolerance=LIVE_TOLERANCE,
+    ),
     "frozen": Variant("dadpo-kernels, frozen head", BOTH, ours(None), ours=True, frozen=True),
     "dense": Variant("PyTorch, full logits", BOTH, dense),
     "liger": Variant("Liger", ("dpo",), liger),

@@ -50,6 +50,7 @@ def test_every_variant_computes_the_same_loss_and_gradients(inputs, exact, name,
     eps = torch.finfo(dtype).eps
     # A logit of size 20 that is rounded to bfloat16 is off by up to 20 eps / 2, and so are probabilities, relatively.
     tolerance = 50 * eps if dtype == torch.float32 else 16 * eps
+    tolerance += 8 * VARIANTS[name].tolerance  # of hidden's gradient: see docs/live.md
     assert result["hidden_grad_error"] < tolerance
     assert (result["weight_grad_error"] is None) == VARIANTS[name].frozen
     assert (result["weight_grad_error"] or 0.0) < tolerance

@@ -150,6 +150,32 @@ def test_options(backend, dtype, option):
             assert error < 10 * 5e-3 + 3 * rounding + torch.finfo(dtype).eps, name
 
 
+@pytest.mark.parametrize("sharpness", [0.05, 1.0, 3.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_real_hidden_states(smollm2, backend, sharpness, monkeypatch):
+    """From nearly uniform, as after initialisation, to overconfident; the tiles a user gets, two chunks and a bit."""
+    monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", 4096)
+    monkeypatch.setattr("dadpo_kernels.plan.live_chunk", lambda vocab: 40)
+    hidden, weight, labels = smollm2
+    hidden = hidden * sharpness
+    g = torch.randn(len(labels), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = hidden.double() @ weight.double().T
+    dz = torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0).sub_(logits.softmax(1)) * g[:, None]
+    singular = [torch.linalg.eigvalsh(m.double().T @ m.double())[-1].sqrt() for m in (weight, hidden)]
+    exact = dz @ weight.double(), dz.T @ hidden.double()
+    for tolerance in (1e-3, 1e-2):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = linear_selected_logps(*leaves, labels, backend=backend, grad_tolerance=tolerance)
+        with live_diagnostics() as done:
+            got = torch.autograd.grad((out.label * g).sum(), leaves)
+        assert done[0].certificate <= tolerance
+        assert sharpness < 1 or done[0].live_share < 0.3
+        for value, want, norm in zip(got, exact, singular, strict=True):
+            error = (value.double() - want).norm()
+            assert error <= (tolerance + 1e-5) * dz.norm() * norm
+            assert error < 8 * tolerance * want.norm()  # what is measured; the line above is what is proved
+
+
 def test_mass_of_every_token_and_column_is_kept():
     p = zipf_problem(k=None)
     p.labels = p.labels.where(p.labels != IGNORE, 3)

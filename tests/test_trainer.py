@@ -196,3 +196,19 @@ def test_help_names_every_key_of_our_own(capsys):
     text = capsys.readouterr().out
     for key in ("beta_ref", "kl_weight", "memory_budget", "eval_cache", "weights_dtype"):
         assert key in text
+
+
+def test_the_live_plan_reports_its_error_and_cost(cache, tmp_path):
+    run = trainer(cache, tmp_path / "live", grad_tolerance=0.02)
+    run.train()
+    exact = trainer(cache, tmp_path / "exact")
+    exact.train()
+    logs, plain = ([e for e in t.state.log_history if "loss" in e] for t in (run, exact))
+    assert len(logs) == 5
+    for entry in logs:
+        assert 0 <= entry["live/certificate"] <= 0.02
+        assert 0 < entry["live/live_share"] <= 1
+        assert 0 <= entry["live/exact_share"] <= 1
+        assert 1 < entry["live/units"] <= 4
+    assert not any(key.startswith("live/") for entry in plain for key in entry)
+    assert logs[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.01)

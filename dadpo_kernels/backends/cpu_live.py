@@ -22,19 +22,18 @@ class CpuLive(LivePass):
         in_topk = entries.in_topk.contiguous()
         self.bases = exps.new_empty(-(-self.plan.vocab // group), count)
         for first, columns in self.plan.tiles:
-            z = exps[first : first + columns]
-            torch.mm(h.weight[first : first + columns].float(), hidden, out=z)
-            tile = _cpu.Tile(
-                hidden=0, rows=count, width=0, hidden_stride=0, weight=0, weight_stride=0,
-                bias=0 if self.bias is None else address(self.bias[first:]), first=first, columns=columns,
-                ids=address(entries.ids), in_topk=address(in_topk), entries=entries.ids.shape[1], scale=h.scale,
-                softcap=h.softcap or 0.0, inv_temperature=1 / h.temperature, bf16=False,
-                threads=torch.get_num_threads(),
-            )  # fmt: skip
-            _cpu.live_exponentials(
-                tile, address(state.max), address(state.sum), address(state.selected), address(z),
-                address(self.bases[first // group]),
-            )  # fmt: skip
+            weight = h.weight[first : first + columns].float()
+            torch.mm(weight, hidden, out=exps[first : first + columns])
+        # One call after all products: between them, PyTorch's threads would still spin while these work.
+        tile = _cpu.Tile(
+            hidden=0, rows=count, width=0, hidden_stride=0, weight=0, weight_stride=0, bias=address(self.bias),
+            first=0, columns=self.plan.vocab, ids=address(entries.ids), in_topk=address(in_topk),
+            entries=entries.ids.shape[1], scale=h.scale, softcap=h.softcap or 0.0, inv_temperature=1 / h.temperature,
+            bf16=False, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        _cpu.live_exponentials(
+            tile, address(state.max), address(state.sum), address(state.selected), address(exps), address(self.bases)
+        )
 
     def column_sums(self, exps: Tensor, share: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vocab, count = exps.shape
