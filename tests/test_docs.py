@@ -1,0 +1,52 @@
+"""The documentation builds without a warning, and the code in it runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from tiny import tiny_llama
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TRAINERS = "trainers.md"  # its snippets need models and caches: tests/test_trl_*.py, test_patch.py run what they show
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_site_builds(tmp_path, caplog):
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    for page in PAGES:
+        assert (tmp_path / ("" if page.stem == "index" else page.stem) / "index.html").exists()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_code_runs(page):
+    for block in blocks(page):
+        compile(block, page.name, "exec")
+    if page.name != TRAINERS:
+        exec("\n".join(blocks(page)), {"__name__": page.stem, **names(page.stem)})
+
+
+def names(page: str) -> dict:
+    """What a page's code takes for granted."""
+    if page != "live":
+        return {}
+    import dadpo_kernels
+
+    body = tiny_llama()
+    hidden = torch.randn(64, body.config.hidden_size, requires_grad=True)
+    return {
+        "linear_selected_logps": dadpo_kernels.linear_selected_logps,
+        "live_diagnostics": dadpo_kernels.live_diagnostics,
+        "hidden": hidden,
+        "weight": body.lm_head.weight,
+        "labels": torch.randint(body.config.vocab_size, (64,)),
+        "topk_ids": torch.randint(body.config.vocab_size, (64, 4)),
+        "loss_of": lambda out: -out.label.mean(),
+    }
