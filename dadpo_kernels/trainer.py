@@ -105,8 +105,10 @@ class DaDPOTrainer(Trainer):
             labels[len(ids) :] = -100
 
         def loss(hidden: Tensor, head: LMHead) -> DaDPOOutput:
+            if self.chosen_only:
+                hidden = nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - len(ids)))
             return self.linear_loss(
-                nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - len(ids))),
+                hidden,
                 head.weight,
                 labels,
                 ref_logps=inputs.get("ref_logps"),
