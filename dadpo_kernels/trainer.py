@@ -109,8 +109,10 @@ class DaDPOTrainer(Trainer):
             labels[len(ids) :] = -100
 
         def loss(hidden: Tensor, head: LMHead) -> DaDPOOutput:
+            if self.chosen_only:
+                hidden = nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - len(ids)))
             return self.linear_loss(
-                nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - len(ids))),
+                hidden,
                 head.weight,
                 labels,
                 ref_logps=inputs.get("ref_logps"),
@@ -166,7 +168,16 @@ class DaDPOTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them."""
+        """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them.
+
+        Raises:
+            ValueError: under DeepSpeed before `train`, which starts the engine that holds the parameters.
+        """
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            raise ValueError(
+                "evaluate() before train() has no DeepSpeed engine to run on: set eval_on_start, or evaluate "
+                "without DeepSpeed"
+            )
         loader = self.get_eval_dataloader(eval_dataset)
         model: Any = self.model_wrapped  # an engine that shards the model gathers it only inside its own forward
         training = model.training

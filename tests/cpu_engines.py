@@ -1,12 +1,14 @@
-"""`dadpo` on the CPU under engines that accelerate starts on GPUs only.
+"""`dadpo` under engines that accelerate would start on GPUs only: what `accelerate launch` runs in the tests.
 
-accelerate decides from the device whether FSDP applies; here that decision is overruled, and nothing else.
+Two decisions that are made from the device are overruled, nothing else: accelerate applies FSDP on accelerators, and
+DeepSpeed compiles a shared-memory collective for CPUs, which takes a minute.
 """
 
+import os
 import sys
 
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_deepspeed_available
 
 from dadpo_kernels.cli import main
 
@@ -22,6 +24,10 @@ def fsdp_on_cpu(self, *args, fsdp_plugin=None, **kwargs):
 
 
 AcceleratorState.__init__ = fsdp_on_cpu
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and is_deepspeed_available():
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,10 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from dense import IGNORE, Problem, finite, random_problem, values_and_grads
-from ranks import run_ranks
+from ranks import Traffic, run_ranks
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dadpo_kernels import linear_dadpo_loss, linear_selected_logps, linear_topk_logps
 from dadpo_kernels.teacher.targets import TeacherTargets
@@ -78,30 +76,11 @@ def sharded(p: Problem, backend: str, budget: int | None, needs: dict[str, bool]
     }
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes given to collectives by name, and the largest tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: dict[str, int] = {}
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if func.namespace in ("c10d", "_c10d_functional"):
-            name = func.__name__.split(".")[0]
-            self.bytes[name] = self.bytes.get(name, 0) + sum(t.nbytes for t in tensors)
-        out = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.largest = max([self.largest, *sizes])
-        return out
-
-
 def traffic(rows: int, vocab: int, width: int, k: int) -> dict:
     p = random_problem(rows, vocab, width, k)
     with Traffic() as counted:
         sharded(p, "torch", 0)
-    return {"bytes": counted.bytes, "largest": counted.largest, "valid": int((p.labels != IGNORE).sum())}
+    return {"bytes": counted.bytes(), "largest": counted.largest, "valid": int((p.labels != IGNORE).sum())}
 
 
 def dtensor() -> dict:

@@ -25,12 +25,14 @@ def tiny_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|eos|>", chat_template=TEMPLATE)
 
 
-def tiny_llama(vocab_size: int = 320, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_llama(
+    vocab_size: int = 320, seed: int = 0, dtype: torch.dtype = torch.float32, **options
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, pad_token_id=None,
-        bos_token_id=None, eos_token_id=2,
+        bos_token_id=None, eos_token_id=2, **options,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
 

@@ -63,9 +63,9 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    with GatheredParameters(partitioned):
+    with zero.GatheredParameters(partitioned):
         yield
 
 

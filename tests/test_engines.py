@@ -1,0 +1,157 @@
+"""`dadpo train` under DDP, FSDP2 and DeepSpeed ZeRO-3 on 2 and 4 processes: the same as one process, step by step.
+
+The set has 10 pairs and a step takes 8 of them, so in every second step all ranks but one hold no valid token.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Traffic, free_port, run_ranks
+from safetensors.torch import load_file
+from tiny import chat_records, tiny_llama, tiny_tokenizer
+
+from dadpo_kernels.cli import main
+from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
+from dadpo_kernels.teacher.pairs import tokenize_pairs
+
+ROOT = Path(__file__).parent.parent
+RECIPES = Path("examples/multi_gpu")
+VOCAB = 2048  # the head alone is larger than all the rest
+deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="pip install 'dadpo-kernels[deepspeed]'")
+ENGINES = ["ddp", "fsdp2", pytest.param("zero3", marks=deepspeed)]
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory, one_thread):
+    """A directory with students, their cache, and the run of one process that all others are compared with."""
+    d = tmp_path_factory.mktemp("engines")
+    tokenizer = tiny_tokenizer()
+    pairs = tokenize_pairs(chat_records(10), tokenizer, 64)
+    capture_teacher(tiny_llama(seed=3), tokenizer, pairs, d / "cache", k=6)
+    for name, tied in (("untied", False), ("tied", True)):
+        student = tiny_llama(VOCAB, tie_word_embeddings=tied)
+        student.save_pretrained(d / name)
+        tokenizer.save_pretrained(d / name)
+    capture_reference(tiny_llama(VOCAB), tokenizer, d / "cache")
+    (d / "config.yaml").write_text(
+        f"cache: {d / 'cache'}\neval_cache: {d / 'cache'}\nbeta_ref: 0.1\nbeta_teacher: 0.2\nkl_weight: 0.7\n"
+        "sft_weight: 0.3\nlearning_rate: 1e-3\nlr_scheduler_type: constant\nmax_steps: 20\nlogging_steps: 1\n"
+        "save_strategy: 'no'\nreport_to: none\ndisable_tqdm: true\n"
+    )
+    for name in ("untied", "tied"):
+        assert main(["--traceback", *arguments(d, name, f"one-{name}", 8)]) == 0
+    return d
+
+
+def arguments(d: Path, model: str, out: str, batch: int, accumulate: int = 1) -> list[str]:
+    options = {
+        "model": d / model, "output_dir": d / out, "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulate, "per_device_eval_batch_size": 3,
+    }  # fmt: skip
+    return ["train", str(d / "config.yaml"), *(word for k, v in options.items() for word in (f"--{k}", str(v)))]
+
+
+def assert_same_run(d: Path, one: str, other: str) -> None:
+    """Losses, metrics and gradient norms of all 20 steps, the final evaluation, and every parameter."""
+    history = [json.loads((d / name / "trainer_state.json").read_text())["log_history"] for name in (one, other)]
+    steps = [[entry for entry in h if "loss" in entry] for h in history]
+    assert len(steps[0]) == len(steps[1]) == 20
+    assert steps[0][0]["loss"] > 1.2 * steps[0][-1]["loss"]
+    for want, got in zip(*steps, strict=True):
+        assert want.keys() == got.keys()
+        for key, value in want.items():
+            assert got[key] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{key} at step {want['step']}"
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    want, got = (json.loads((d / name / "eval_results.json").read_text()) for name in (one, other))
+    assert got == pytest.approx(want, rel=1e-4)
+    want, got = (load_file(d / name / "model.safetensors") for name in (one, other))
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def launch(recipe: str, *options: str) -> subprocess.Popen:
+    """`accelerate launch` of a recipe, as the documentation has it, with fewer processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml")]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    return subprocess.Popen(
+        [*command, *options], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(*runs: subprocess.Popen) -> None:
+    for run in runs:
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, output[-4000:]
+
+
+@pytest.mark.parametrize("recipe", ENGINES)
+def test_recipe_on_one_node(setup, recipe):
+    train = arguments(setup, "untied", recipe, 4)
+    finish(launch(recipe, "--num_processes", "2", "--main_process_port", "0", "tests/cpu_engines.py", *train))
+    assert_same_run(setup, "one-untied", recipe)
+
+
+def test_recipe_on_two_nodes(setup):
+    """One process on each; the second node starts first."""
+    where = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    train = ["--num_processes", "2", "tests/cpu_engines.py", *arguments(setup, "untied", "nodes", 2, accumulate=2)]
+    finish(*(launch("ddp", *where, "--machine_rank", str(rank), *train) for rank in (1, 0)))
+    assert_same_run(setup, "one-untied", "nodes")
+
+
+def recipe_environment(recipe: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes, from the recipe."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    words = ["--config_file", str(ROOT / RECIPES / f"{recipe}.yaml"), "--num_processes", "4", "script.py"]
+    args, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    if recipe == "zero3":
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = prepare_multi_gpu_env(args)
+    return {k: v for k, v in environment.items() if os.environ.get(k) != v} | {"DS_ACCELERATOR": "cpu"}
+
+
+def train_rank(environment: dict[str, str], words: list[str]) -> list[int]:
+    """One of several processes; returns how often the head was gathered in each training step."""
+    os.environ |= environment
+    os.chdir(ROOT)
+    import cpu_engines
+
+    from dadpo_kernels.trainer import DaDPOTrainer
+
+    gathers: list[int] = []
+    step = DaDPOTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        with Traffic() as traffic:
+            loss = step(self, *args, **kwargs)
+        whole = VOCAB * 32
+        gathers.append(sum(name.startswith("_allgather") and size >= whole for name, size, _ in traffic.calls))
+        return loss
+
+    DaDPOTrainer.training_step = counted
+    assert cpu_engines.main(["--traceback", *words]) == 0
+    return gathers
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_processes_and_a_tied_head(setup, engine):
+    """Two micro-batches a step. The tied head is gathered at most once for the forward and once for the backward."""
+    words = arguments(setup, "tied", f"{engine}-4", 1, accumulate=2)
+    gathers = run_ranks(4, train_rank, recipe_environment(engine), words)
+    assert_same_run(setup, "one-tied", f"{engine}-4")
+    print(engine, gathers)
+    assert all(each == gathers[0] for each in gathers)
