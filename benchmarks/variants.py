@@ -27,6 +27,7 @@ from .cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, KL_WEIGHT, Inputs
 BETA = BETA_REF + BETA_TEACHER
 OBJECTIVES = ("dpo", "dpo+kl", "ce")
 RETAIN_EVERYTHING = 1 << 40
+LIVE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def dense(inputs: Inputs, objective: str) -> Tensor:
     return loss_from_logps(inputs, objective, *dense_logps(hidden, inputs.weight, labels, topk_ids))
 
 
-def ours(memory_budget: int | None) -> Callable[[Inputs, str], Tensor]:
+def ours(memory_budget: int | None, grad_tolerance: float | None = None) -> Callable[[Inputs, str], Tensor]:
     def loss(inputs: Inputs, objective: str) -> Tensor:
         return linear_dadpo_loss(
             inputs.hidden,
@@ -93,6 +94,7 @@ def ours(memory_budget: int | None) -> Callable[[Inputs, str], Tensor]:
             kl_weight=KL_WEIGHT if objective == "dpo+kl" else 0.0,
             ignore_index=IGNORE_INDEX,
             memory_budget=memory_budget,
+            grad_tolerance=grad_tolerance,
         ).loss
 
     return loss
@@ -159,6 +161,7 @@ VARIANTS = {
     "recompute": Variant("dadpo-kernels, recompute (budget 0)", BOTH, ours(0), ours=True),
     "default": Variant("dadpo-kernels, default budget", BOTH, ours(None), ours=True),
     "retain": Variant("dadpo-kernels, retain", BOTH, ours(RETAIN_EVERYTHING), ours=True),
+    "live": Variant("dadpo-kernels, live, tolerance 1e-3", BOTH, ours(None, LIVE_TOLERANCE), ours=True),
     "frozen": Variant("dadpo-kernels, frozen head", BOTH, ours(None), ours=True, frozen=True),
     "dense": Variant("PyTorch, full logits", BOTH, dense),
     "liger": Variant("Liger", ("dpo",), liger),

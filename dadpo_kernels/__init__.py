@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .divergence import topk_divergence
 from .linear_loss import DaDPOOutput, LinearDaDPOLoss, linear_dadpo_loss, pair_counts
+from .live_diagnostics import LiveDiagnostics, live_diagnostics
 from .objective import PreferenceLoss, dadpo_loss
 from .selected_logps import SelectedLogps, linear_selected_logps
 from .teacher.targets import TeacherTargets
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DaDPOOutput",
     "LinearDaDPOLoss",
+    "LiveDiagnostics",
     "PreferenceLoss",
     "SelectedLogps",
     "TeacherTargets",
@@ -24,6 +26,7 @@ __all__ = [
     "linear_dadpo_loss",
     "linear_selected_logps",
     "linear_topk_logps",
+    "live_diagnostics",
     "pair_counts",
     "topk_divergence",
 ]

@@ -51,6 +51,13 @@ class DaDPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Bytes kept between forward and backward of the head to save work; default 256 MiB."},
     )
+    grad_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Relative error allowed in the gradient of the logits, for about half the work; default exact. "
+            "1e-3 is about bfloat16's. The error and the cost are logged as live/*."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the columns are the collator's, not the model's
@@ -75,4 +82,5 @@ class DaDPOConfig(TrainingArguments):
             softcap=softcap,
             backend=self.backend,
             memory_budget=self.memory_budget,
+            grad_tolerance=self.grad_tolerance,
         )

@@ -16,6 +16,11 @@ def check_head(
 ) -> None:
     """Shapes, dtypes and devices of hidden `[..., H]`, weight `[V, H]`, bias `[V]`; finite, sensible transform."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor; pass {name}.full_tensor(), or, where ranks with the same batch share the "
+                "vocabulary, call vocab_parallel_selected_logps (vocab_group of the losses)"
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
     if hidden.dim() < 1 or weight.dim() != 2:
@@ -70,3 +75,12 @@ def check_range(name: str, ids: Tensor, vocab: int) -> None:
         "student's embeddings to the teacher's vocabulary, or use a teacher of the student's family"
     )
     require((ids >= 0) & (ids < vocab), ids, name, remedy)
+
+
+def check_tolerance(grad_tolerance: float | None) -> None:
+    """A relative error, or None."""
+    if grad_tolerance is not None and not 0 < grad_tolerance < 1:
+        raise ValueError(
+            f"grad_tolerance={grad_tolerance} must lie in (0, 1): it bounds a relative error, and 1e-3 is about that "
+            "of bfloat16; pass None for exact gradients"
+        )

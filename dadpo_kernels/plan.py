@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 DEFAULT_BUDGET = 256 * 2**20
+LIVE_WORKSPACE = 32 * 2**20  # bytes of a chunk's logits in the live plan
+LIVE_TILE = 4096
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,55 @@ def make_plan(
         return Plan(rows, vocab, tile, full + bool(last), whole, grad_hidden, grad_weight)
     retained = min(full, budget // each)
     return Plan(rows, vocab, tile, retained, retained * each, grad_hidden, grad_weight)
+
+
+@dataclass(frozen=True)
+class LivePlan:
+    """A pass over chunks of tokens that is exact on the live columns of each chunk: see `backends/live.py`.
+
+    Attributes:
+        rows, vocab, tile: as in `Plan`; tiles bound the backward's workspace.
+        chunk: tokens that share their live columns, the last chunk may have fewer.
+        profile_bytes: what the chunks' profiles occupy between forward and backward.
+        budget: bytes for the exponentials of live columns, kept as far as they fit.
+        tolerance: bound of the relative error of the gradient of the logits.
+    """
+
+    rows: int
+    vocab: int
+    tile: int
+    chunk: int
+    profile_bytes: int
+    budget: int
+    tolerance: float
+
+    @property
+    def chunks(self) -> list[slice]:
+        """The rows of every chunk, in order."""
+        return [slice(first, min(first + self.chunk, self.rows)) for first in range(0, self.rows, self.chunk)]
+
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """`(first column, columns)` of every tile, in order."""
+        return [(first, min(self.tile, self.vocab - first)) for first in range(0, self.vocab, self.tile)]
+
+
+def live_chunk(vocab: int) -> int:
+    """Tokens of a chunk: as many as its workspace holds, in multiples of 32."""
+    return min(512, max(64, LIVE_WORKSPACE // (4 * vocab) // 32 * 32))
+
+
+def profile_bytes(tokens: int, vocab: int, itemsize: int) -> int:
+    """One number per column and chunk, float32 at least."""
+    return -(-tokens // live_chunk(vocab)) * vocab * max(4, itemsize)
+
+
+def live_bytes(tokens: int, vocab: int, itemsize: int, budget: int) -> int:
+    """The buffer of a live pass over at most `tokens`: profiles, and exponentials within the budget."""
+    return profile_bytes(tokens, vocab, itemsize) + min(budget, tokens * vocab * itemsize)
+
+
+def make_live_plan(tokens: int, rows: int, vocab: int, itemsize: int, buffer: int, tolerance: float) -> LivePlan:
+    """The live plan over `rows` of `tokens` tokens, with a buffer of `live_bytes` for all of them."""
+    profiles = profile_bytes(tokens, vocab, itemsize)
+    return LivePlan(rows, vocab, min(LIVE_TILE, vocab), live_chunk(vocab), profiles, buffer - profiles, tolerance)

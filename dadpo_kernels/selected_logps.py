@@ -10,6 +10,7 @@ outputs. With `q = softmax(z)`, `T` the token's top-k ids, incoming gradients `g
 one scalar per token times the softmax, with the selected entries overwritten. `q_j / q_tail` is `exp(z_j - lse_tail)`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,17 +19,20 @@ from torch import Tensor
 from . import head_checks as checks
 from .backends import BACKENDS, reference, resolve
 from .backends.coefficients import logit_coefficients
+from .backends.live import LivePass
 from .backends.tiled import (
     Entries,
     Grads,
     Head,
+    State,
+    inside_topk,
     merge_tail,
     run_gradient,
     run_statistics,
     statistic_dtype,
     tile_bytes,
 )
-from .plan import DEFAULT_BUDGET, Plan, make_plan
+from .plan import DEFAULT_BUDGET, Plan, live_bytes, make_live_plan, make_plan
 
 
 class SelectedLogps(NamedTuple):
@@ -55,6 +59,7 @@ def linear_selected_logps(
     ignore_index: int = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
+    grad_tolerance: float | None = None,
 ) -> SelectedLogps:
     """Selected log-probabilities of `softmax(z)` without `[tokens, V]` logits, differentiable once.
 
@@ -76,6 +81,10 @@ def linear_selected_logps(
             that can take the tensors; `dadpo doctor` tells which.
         memory_budget: bytes the forward may keep for the backward to save one of four matrix products; 0 keeps
             nothing, None means 256 MiB. The workspace beside it is constant in the number of tokens.
+        grad_tolerance: None for exact gradients. Otherwise the live plan may replace the gradient of the logits dz by
+            a cheaper dz' with `|dz' - dz| <= grad_tolerance |dz|` (Frobenius norm over all tokens, checked in every
+            backward), about half the work; 1e-3 is what rounding dz to bfloat16 costs. The outputs stay exact.
+            `live_diagnostics` tells the error and the cost; docs/live.md derives both.
 
     Returns:
         `SelectedLogps(label [...], topk [..., K], tail [...])`. Where the top k covers the vocabulary, `tail` is -inf
@@ -100,6 +109,7 @@ def linear_selected_logps(
         checks.check_ids("topk_ids", topk_ids, shape, hidden.device, extra=1)
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"memory_budget={memory_budget} is negative; pass bytes, 0 to keep nothing, or None")
+    checks.check_tolerance(grad_tolerance)
     name = resolve(backend, hidden.device, hidden.dtype)
 
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -111,11 +121,12 @@ def linear_selected_logps(
             checks.check_range("topk_ids", ids[y != ignore_index], weight.shape[0])
         out = reference.selected_logps(flat, weight, bias, y, ids, logit_scale, softcap, temperature, ignore_index)
     else:
-        tracked = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
         budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
-        kept = buffer_bytes(flat, weight, budget) if tracked and torch.is_grad_enabled() else 0
+        tolerance = grad_tolerance if tracked else None  # without a backward there is nothing to save
+        kept = buffer_bytes(flat, weight, budget, tolerance) if tracked else 0
         label, topk, tail, _, _ = _selected_logps(
-            flat, weight, bias, y, ids, logit_scale, softcap, temperature, ignore_index, name, kept
+            flat, weight, bias, y, ids, logit_scale, softcap, temperature, ignore_index, name, tolerance, kept
         )
         out = label, topk, tail
     label, topk, tail = out
@@ -151,17 +162,31 @@ def plan_for(
     )
 
 
-def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int) -> int:
+def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int, tolerance: float | None = None) -> int:
     """Size of the buffer that the forward may fill: the budget, or a little more than everything there is to retain.
 
     Known from shapes alone, before masked tokens are counted, so that a compiler can trace it.
     """
+    if tolerance is not None:
+        return live_bytes(len(hidden), len(weight), hidden.dtype.itemsize, budget)
     rows, columns = len(hidden), len(weight) + 512
     return min(budget, rows * (columns * hidden.dtype.itemsize + columns // 16) + columns // 4)
 
 
+def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:
+    """Ids counted from `first`, in the same order; those outside `[first, first + columns)` where no tile meets them.
+
+    That is below 0, or 2^16 and more behind the last column, which the padding of no tile reaches.
+    """
+    ids = ids - first
+    return ids + 2**16 * (ids >= columns)
+
+
 class Compacted:
-    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one."""
+    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one.
+
+    The head may be the rows `first`, `first + 1`, ... of one with `vocab` rows.
+    """
 
     def __init__(
         self,
@@ -174,20 +199,78 @@ class Compacted:
         ignore_index: int,
         backend: str,
         budget: int,
+        first: int = 0,
+        vocab: int | None = None,
     ) -> None:
         self.index = (labels != ignore_index).nonzero()[:, 0]
         rows = len(self.index)
+        columns, width = weight.shape
+        vocab = columns if vocab is None else vocab
         labels = labels[self.index]
-        checks.check_range("labels", labels, weight.shape[0])
+        checks.check_range("labels", labels, vocab)
         if topk_ids is not None:
             topk_ids = topk_ids[self.index]
-            checks.check_range("topk_ids", topk_ids, weight.shape[0])
+            checks.check_range("topk_ids", topk_ids, vocab)
+        if vocab != columns:
+            labels = local_ids(labels, first, columns)
+            topk_ids = None if topk_ids is None else local_ids(topk_ids, first, columns)
         self.entries = Entries.merge(labels, topk_ids)
         hidden = hidden.contiguous() if rows == len(hidden) else hidden[self.index]
         self.head = Head(weight, bias, *transform)
         self.tiles = BACKENDS[backend].tiles(hidden, self.head, self.entries)
-        vocab, width = weight.shape
-        self.plan = plan_for(rows, vocab, width, hidden.dtype, backend=backend, memory_budget=budget)
+        self.live_pass = BACKENDS[backend].live
+        self.plan = plan_for(rows, columns, width, hidden.dtype, backend=backend, memory_budget=budget)
+
+    def logps(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(label [n], topk [n, K], tail [n], [n, 3])` from the state of all columns; the last is for `gradients`."""
+        base, lse, tail = merge_tail(state, inside_topk(self.entries, state.selected))
+        selected = (state.selected - base[:, None]) - lse[:, None]
+        logps = torch.empty_like(selected).scatter_(1, self.entries.order, selected)
+        k = logps.shape[1] - 1
+        return logps[:, k], logps[:, :k], tail, torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1)
+
+    def gradients(
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Tensor,
+        retained: Tensor,
+        needs: Sequence[bool],
+        grad_tolerance: float | None = None,
+    ) -> Grads:
+        """Gradients of hidden `[n, H]`, weight and bias, as `needs` says; all but the weight's in the state's dtype.
+
+        `outputs` and `grads` are label, topk and tail of all tokens, `state` is what `logps` gave, of all tokens too,
+        and for the live plan what its forward found about each token's dead columns.
+        """
+        weight, wide = self.head.weight, state.dtype
+        rows, width = len(self.index), weight.shape[1]
+        grad_hidden = weight.new_zeros(rows, self.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
+        grad_weight = self.tiles.empty(*weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
+        grad_bias = weight.new_empty(len(weight), dtype=wide) if needs[2] else None
+        if rows:
+            label, topk, tail = outputs
+            logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
+            label, topk, tail = grads
+            incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(wide)
+            summary, dead = state[self.index].split([3, state.shape[1] - 3], 1)
+            coefficients = logit_coefficients(self.entries, self.head, logps, summary, incoming)
+            out = Grads(grad_hidden, grad_weight, grad_bias)
+            if grad_tolerance is None:
+                run_gradient(self.tiles, self.plan, retained, coefficients, out)
+            else:
+                self.live(grad_tolerance, retained, len(state)).gradient(coefficients, dead, out)
+        else:
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.zero_()
+        return Grads(None if grad_hidden is None else grad_hidden[:, :width], grad_weight, grad_bias)
+
+    def live(self, tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
+        """The live pass over the tokens that count, of `tokens` in all, with the buffer that both its halves share."""
+        hidden, head = self.tiles.hidden, self.head
+        plan = make_live_plan(tokens, self.plan.rows, len(head.weight), hidden.dtype.itemsize, len(buffer), tolerance)
+        return self.live_pass(hidden, head, self.entries, plan, buffer)
 
     def spread(self, values: Tensor, like: Tensor) -> Tensor:
         """Values of the compacted tokens at their places, 0 elsewhere."""
@@ -206,44 +289,38 @@ def _selected_logps(
     temperature: float,
     ignore_index: int,
     backend: str,
+    grad_tolerance: float | None,
     retained_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(label [N], topk [N, K], tail [N], state [N, 3], retained [bytes])`; the state: lse, the tail's max and sum."""
+    """`(label [N], topk [N, K], tail [N], state [N, 3], retained [bytes])`; the state: lse, the tail's max and sum.
+
+    The live plan adds three columns to the state: see `LivePass.statistics`.
+    """
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, retained_bytes)
     retained = c.tiles.empty(retained_bytes, dtype=torch.uint8, device=hidden.device)
-    state = run_statistics(c.tiles, c.plan, retained)
-    e = c.entries
-    first_of_id = torch.ones_like(e.in_topk)
-    if e.ids.shape[1] > 1:
-        # A duplicate counts once in the total: the first top-k entry of its id.
-        same = e.ids[:, 1:] == e.ids[:, :-1]
-        first_of_id[:, 1:] = ~(same & e.in_topk[:, :-1])
-    inside = state.selected.where(e.in_topk & first_of_id, -torch.inf)
-    base, lse, tail = merge_tail(state, inside)
-    selected = (state.selected - base[:, None]) - lse[:, None]
-    logps = torch.empty_like(selected).scatter_(1, e.order, selected)
-    k = logps.shape[1] - 1
-    return (
-        c.spread(logps[:, k], labels),
-        c.spread(logps[:, :k], labels),
-        c.spread(tail, labels),
-        c.spread(torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1), labels),
-        retained,
-    )
+    if grad_tolerance is None:
+        state = run_statistics(c.tiles, c.plan, retained)
+        dead = state.max.new_empty(c.plan.rows, 0)
+    else:
+        state, dead = c.live(grad_tolerance, retained, len(labels)).statistics()
+    *logps, summary = c.logps(state)
+    label, topk, tail, summary = (c.spread(values, labels) for values in (*logps, torch.cat([summary, dead], 1)))
+    return label, topk, tail, summary, retained
 
 
 @_selected_logps.register_fake
 def _(
-    hidden, weight, bias, labels, topk_ids, logit_scale, softcap, temperature, ignore_index, backend, retained_bytes
-):
+    hidden, weight, bias, labels, topk_ids, logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance,
+    retained_bytes,
+):  # fmt: skip
     dtype = statistic_dtype(hidden.dtype)
     k = 0 if topk_ids is None else topk_ids.shape[1]
     return (
         hidden.new_empty(len(labels), dtype=dtype),
         hidden.new_empty(len(labels), k, dtype=dtype),
         hidden.new_empty(len(labels), dtype=dtype),
-        hidden.new_empty(len(labels), 3, dtype=dtype),
+        hidden.new_empty(len(labels), 3 if grad_tolerance is None else 6, dtype=dtype),
         hidden.new_empty(retained_bytes, dtype=torch.uint8),
     )
 
@@ -268,37 +345,24 @@ def _selected_logps_backward(
     temperature: float,
     ignore_index: int,
     backend: str,
+    grad_tolerance: float | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
-    rows, dtype, wide = c.plan.rows, hidden.dtype, state.dtype
-    grad_hidden = hidden.new_zeros(rows, c.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
-    grad_weight = c.tiles.empty(*weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
-    grad_bias = hidden.new_empty(len(weight), dtype=wide) if needs[2] else None
-    if rows:
-        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[c.index]
-        grads = torch.cat([grad_topk, grad_label[:, None], grad_tail[:, None]], 1)[c.index].to(wide)
-        coefficients = logit_coefficients(c.entries, c.head, logps, state[c.index], grads)
-        run_gradient(c.tiles, c.plan, retained, coefficients, Grads(grad_hidden, grad_weight, grad_bias))
-    else:
-        for grad in (grad_weight, grad_bias):
-            if grad is not None:
-                grad.zero_()
+    g = c.gradients((label, topk, tail), (grad_label, grad_topk, grad_tail), state, retained, needs, grad_tolerance)
     none = hidden.new_empty(0)
-    if grad_hidden is not None:
-        grad_hidden = c.spread(grad_hidden[:, : hidden.shape[1]].to(dtype), hidden)
     return (
-        none if grad_hidden is None else grad_hidden,
-        none.clone() if grad_weight is None else grad_weight,
-        none.clone() if grad_bias is None else grad_bias.to(dtype),
+        none if g.hidden is None else c.spread(g.hidden.to(hidden.dtype), hidden),
+        none.clone() if g.weight is None else g.weight,
+        none.clone() if g.bias is None else g.bias.to(hidden.dtype),
     )
 
 
 @_selected_logps_backward.register_fake
 def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained,
-      logit_scale, softcap, temperature, ignore_index, backend, needs):  # fmt: skip
+      logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance, needs):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         hidden.new_empty(weight.shape if needs[1] else (0,)),
@@ -324,7 +388,7 @@ def _backward(ctx, grad_label, grad_topk, grad_tail, _state, _retained):
     out = _selected_logps_backward(
         *grads, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained, *ctx.options, needs
     )
-    return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 8
+    return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 9
 
 
 def _second_derivative(ctx, *grads):

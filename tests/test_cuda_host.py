@@ -209,7 +209,7 @@ def test_opcheck(retain):
         torch.randn(vocab, requires_grad=True),
         torch.randint(vocab, (rows,)),
         torch.randint(vocab, (rows, 3)),
-        1.0, 30.0, 1.0, IGNORE, "host", plan.retained_bytes if retain else 0,
+        1.0, 30.0, 1.0, IGNORE, "host", None, plan.retained_bytes if retain else 0,
     )  # fmt: skip
     opcheck(module._selected_logps, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 

@@ -422,6 +422,7 @@ def test_module_is_the_function_with_its_options():
         **BETAS, "loss_type": "robust", "label_smoothing": 0.1, "sft_weight": 0.2, "kl_weight": 0.3, "kl_on": "chosen",
         "divergence": "js", "support": "renormalized", "js_mix": 0.2, "kd_temperature": 3.0, "logit_scale": 0.9,
         "softcap": 4.0, "temperature": 1.5, "ignore_index": 3, "backend": "reference", "memory_budget": 0,
+            "grad_tolerance": 0.01,
     }  # fmt: skip
     batch["labels"][batch["labels"] == -100] = 3
     bias = torch.linspace(-1, 1, 17, dtype=F64)

@@ -303,7 +303,7 @@ def test_opcheck(backend, retain):
         torch.randn(vocab, requires_grad=True),
         torch.randint(vocab, (rows,)),
         torch.randint(vocab, (rows, 3)),
-        1.0, 30.0, 1.0, IGNORE, backend, plan.retained_bytes if retain else 0,
+        1.0, 30.0, 1.0, IGNORE, backend, None, plan.retained_bytes if retain else 0,
     )  # fmt: skip
     opcheck(module._selected_logps, args)
 
@@ -370,7 +370,7 @@ def test_plan_is_inspectable():
     plan = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=2**31, grad_weight=False)
     assert (plan.name, plan.units) == ("retain", 2)
     assert "frozen head" in str(plan)
-    buffer = module.buffer_bytes(torch.empty(1024, 576, dtype=torch.bfloat16), torch.empty(49152, 0), 2**40)
+    buffer = module.buffer_bytes(torch.empty(1024, 576, dtype=torch.bfloat16), torch.empty(49152, 0), 2**40, None)
     assert plan.retained_bytes <= buffer < 1.05 * plan.retained_bytes
     half = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=plan.retained_bytes // 2)
     assert half.name == "partial"

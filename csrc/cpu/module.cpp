@@ -139,6 +139,29 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::call_guard<py::gil_scoped_release>());
 
+    m.def(
+        "live_exponentials",
+        [](const Tile& t, uintptr_t max, uintptr_t sum, uintptr_t selected, uintptr_t z, uintptr_t bases) {
+            active->live_exponentials(t, {at<float>(max), at<double>(sum), at<float>(selected)}, at<float>(z),
+                                      at<float>(bases));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "live_columns",
+        [](uintptr_t exps, long columns, long rows, int threads, uintptr_t bases, uintptr_t max, uintptr_t share,
+           uintptr_t sums, uintptr_t energy, uintptr_t outside) {
+            active->live_columns({at<float>(exps), columns, rows, threads}, at<float>(bases), at<float>(max),
+                                 at<float>(share), at<float>(sums), at<float>(energy), at<float>(outside));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "live_residuals",
+        [](uintptr_t exps, long columns, long rows, int threads, uintptr_t dead, uintptr_t profile, uintptr_t out) {
+            active->live_residuals({at<float>(exps), columns, rows, threads}, at<uint8_t>(dead), at<float>(profile),
+                                   at<float>(out));
+        },
+        py::call_guard<py::gil_scoped_release>());
+
     const py::list names = available();
     if (names.empty()) throw py::import_error("this processor supports none of the instruction sets of this build");
     use(names[0].cast<std::string>());

@@ -3,6 +3,7 @@
 // Rows are split over threads in fixed contiguous shares and each row sees its columns in the same order whatever the
 // share, so results do not depend on the number of threads. The weight gradient is split over columns.
 
+#include "live.h"
 #include "rows.h"
 #include "team.h"
 
@@ -248,6 +249,9 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
             Workspace w(t, space, true, false, false);
             t.bf16 ? topk<uint16_t>(t, s, c, w) : topk<float>(t, s, c, w);
         },
+        live_exponentials,
+        live_columns,
+        live_residuals,
     };
     return &passes;
 }

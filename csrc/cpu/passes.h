@@ -55,6 +55,13 @@ struct Candidates {
     long k, capacity;
 };
 
+// A chunk of tokens over the whole vocabulary, for the live plan: see live.h.
+struct LiveChunk {
+    float* exps;  // [columns, rows]
+    long columns, rows;
+    int threads;
+};
+
 struct Passes {
     const char* name;
     long panel;  // columns are padded to a multiple of this in `Gradient::hidden` and in the packed hidden states
@@ -63,6 +70,10 @@ struct Passes {
     void (*statistics)(const Tile&, const Statistics&, const Retained&, char* workspace);
     void (*gradient)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);
     void (*topk)(const Tile&, const Statistics&, const Candidates&, char* workspace);
+    void (*live_exponentials)(const Tile&, const Statistics&, float* z, float* bases);
+    void (*live_columns)(const LiveChunk&, const float* bases, const float* max, const float* share, float* sums,
+                         float* energy, float* outside);
+    void (*live_residuals)(const LiveChunk&, const uint8_t* dead, const float* profile, float* out);
 };
 
 }  // namespace dadpo

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, cuda, torch_
+from . import cpu, cuda, torch_, triton_
+from .cpu_live import CpuLive
+from .live import LivePass
 from .tiled import Tiles
 
 
@@ -17,12 +19,15 @@ class Backend(NamedTuple):
     tiles: type[Tiles]
     obstacle: Callable[[torch.device, torch.dtype], str | None]  # why it cannot take such tensors, or None
     devices: tuple[str, ...]  # where "auto" considers it
+    live: type[LivePass] = LivePass  # its live plan
 
 
 # In order of preference.
 BACKENDS = {
-    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
+    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
     "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
+    "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
+    "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 

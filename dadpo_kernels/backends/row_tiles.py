@@ -48,6 +48,11 @@ class RowTiles(Tiles):
     def kept_shape(rows: int, columns: int) -> tuple[int, int]:
         return whole(columns), BASES
 
+    @staticmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        # The tile of products and that of its gradient; a product that is scaled before it joins hidden's gradient.
+        return rows * (whole(columns) * (4 + dtype.itemsize) + width * 4)
+
     def padded(self, columns: int, dtype: torch.dtype) -> Tensor:
         """An empty `[n, columns]`."""
         return torch.empty(self.rows, whole(columns), dtype=dtype, device=self.hidden.device)[:, :columns]

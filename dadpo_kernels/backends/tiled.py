@@ -40,6 +40,17 @@ class Entries:
         ids, order = ids.sort(dim=1, stable=True)
         return cls(ids.to(torch.int32).contiguous(), order < k, order)
 
+    def rows(self, part: slice) -> "Entries":
+        """The entries of some rows: views."""
+        return Entries(self.ids[part], self.in_topk[part], self.order[part])
+
+    @property
+    def repeats(self) -> Tensor:
+        """`[n, M]` bool: the entry before has the same id."""
+        same = torch.zeros_like(self.in_topk)
+        same[:, 1:] = self.ids[:, 1:] == self.ids[:, :-1]
+        return same
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -82,6 +93,11 @@ class Tiles(ABC):
     def kept_shape(rows: int, columns: int) -> tuple[int, int]:
         """`(padded columns, groups)` of a retained tile."""
 
+    @staticmethod
+    @abstractmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        """What forward and backward hold at once beside their results while they work on one tile."""
+
     def grad_hidden_columns(self) -> int:
         """Columns of the accumulator for hidden's gradient: at least H."""
         return self.hidden.shape[1]
@@ -115,6 +131,10 @@ class State:
             like.new_full((rows, entries), -torch.inf, dtype=statistic_dtype(like.dtype)),
         )
 
+    def rows(self, part: slice) -> "State":
+        """The state of some rows: views, so what is written to them is written to this state."""
+        return State(self.max[part], self.sum[part], self.selected[part])
+
 
 @dataclass(frozen=True)
 class Grads:
@@ -129,6 +149,13 @@ class Best:
     ids: Tensor  # [n, capacity] int32
     counts: Tensor  # [n] int32
     k: int
+
+
+def inside_topk(entries: Entries, selected: Tensor) -> Tensor:
+    """`[n, M]`: the logits of the top-k ids, each id once, -inf elsewhere."""
+    counted = entries.in_topk.clone()
+    counted[:, 1:] &= ~(entries.repeats[:, 1:] & entries.in_topk[:, :-1])
+    return selected.where(counted, -torch.inf)
 
 
 def merge_tail(state: State, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
