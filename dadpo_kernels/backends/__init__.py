@@ -19,7 +19,7 @@ class Backend(NamedTuple):
     devices: tuple[str, ...]  # where "auto" considers it
 
 
-# In order of preference.
+# In order of preference. `triton` stays behind `triton_rows`, whose products are cuBLAS's, until a GPU has timed both.
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",)),
     "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
