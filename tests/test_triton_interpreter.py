@@ -43,7 +43,7 @@ def several_tiles(monkeypatch):
     """Small tiles and blocks, so that small problems cross their boundaries."""
     for name in NAMES:
         monkeypatch.setattr(BACKENDS[name].tiles, "tile_columns", staticmethod(lambda *_: TILE))
-    monkeypatch.setattr(triton_, "fixed_config", lambda *_: triton_.Config(16, 64, 16, 1, 4, 2))
+    monkeypatch.setattr(triton_, "choose", lambda *_: triton_.Config(16, 64, 16, 1, 4, 2))
 
 
 def small(backend="triton_rows", **kwargs):

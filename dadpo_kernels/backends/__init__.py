@@ -22,7 +22,7 @@ class Backend(NamedTuple):
     live: type[LivePass] = LivePass  # its live plan
 
 
-# In order of preference.
+# In order of preference. `triton` stays behind `triton_rows`, whose products are cuBLAS's, until a GPU has timed both.
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
     "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),

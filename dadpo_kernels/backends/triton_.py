@@ -8,13 +8,13 @@ and the logits do not. The gradient's products are cuBLAS's in both.
 import importlib.util
 import os
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
 from .torch_ import TorchTiles, finite, wide_mm
+from .triton_tuning import Config, choose
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16)
@@ -23,22 +23,6 @@ MAX_K = 2048  # of the radix select, which holds the best k in registers
 # Kept exponentials start at a multiple of 16 bytes, for cuBLAS and TMA, if the bases before them take 16 a row.
 BASES = 4
 REACH = 30.0  # e^30 < 2^44: what a guessed base may be away from a tile's largest logit
-
-
-class Config(NamedTuple):
-    """How a fused kernel cuts its product: rows, columns and depth of a block, row blocks in a group (see `place`)."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-
-def fixed_config() -> Config:
-    return Config(128, 128, 64, 8, 8, 3)
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -128,11 +112,10 @@ class RowTiles(Tiles):
     def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
         with torch.cuda.device_of(self.hidden):
             e, products, (maxima, sums) = self.entries, self.products(first, columns), self.partials(1)
-            exps, bases = (kept.exps, kept.bases) if kept else (None, None)
+            store = (kept.exps, kept.exps.stride(0), kept.bases, BASES) if kept else (None, 0, None, 0)
             self.kernels.statistics[(self.rows,)](
                 products, products.stride(0), columns, first, self.bias(first, columns), *self.transform,
-                e.ids, e.in_topk, e.ids.shape[1], state.selected, maxima, sums,
-                exps, exps.stride(0) if kept else 0, bases, BASES, **self.shape(columns),
+                e.ids, e.in_topk, e.ids.shape[1], state.selected, maxima, sums, *store, **self.shape(columns),
             )  # fmt: skip
             self.absorb(maxima, sums, state)
 
@@ -240,26 +223,34 @@ class FusedTiles(RowTiles):
         )  # fmt: skip
 
     def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
-        kernel, entries = kernels("forward").statistics, self.entries.ids.shape[1]
-        with torch.cuda.device_of(self.hidden):
-            config = fixed_config()
-            maxima, sums = self.partials(-(-columns // config.BLOCK_N))
-            found = (self.drop, entries, state.selected, maxima, sums)
-            if kept is None:
-                self.launch(kernel, config, first, columns, *found, None, 0, None, 0, None)
-                self.absorb(maxima, sums, state)
-                return
+        stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device) if kept else None
+        if kept:
             kept.bases.copy_(finite(state.max)[:, None])
-            store = (kept.exps, kept.exps.stride(0), kept.bases, BASES)
-            stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device)
-            self.launch(kernel, config, first, columns, *found, *store, None)
+
+        def run(config: Config, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            parts = self.partials(-(-columns // config.BLOCK_N))
+            store = (kept.exps, kept.exps.stride(0), kept.bases, BASES, only) if kept else (None, 0, None, 0, None)
+            entries = self.entries.ids.shape[1]
+            kernel = kernels("forward").statistics
+            self.launch(kernel, config, first, columns, self.drop, entries, state.selected, *parts, *store)
+            return parts
+
+        with torch.cuda.device_of(self.hidden):
+            config = choose("retain" if kept else "statistics", self.hidden, self.softcap, run)
+            maxima, sums = run(config)
             self.absorb(maxima, sums, state, kept, stale)
-            self.launch(kernel, config, first, columns, *found, *store, stale)
+            if kept:
+                run(config, stale)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
+        # Rows start at multiples of 16 bytes, for cuBLAS.
         dz = torch.empty(self.rows, -(-columns // 8) * 8, dtype=self.hidden.dtype, device=self.hidden.device)
-        self.launch(
-            kernels("backward").logit_gradient, fixed_config(), first, columns, self.entries.ids.shape[1],
-            coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
-        )  # fmt: skip
+
+        def run(config: Config) -> None:
+            self.launch(
+                kernels("backward").logit_gradient, config, first, columns, self.entries.ids.shape[1],
+                coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
+            )  # fmt: skip
+
+        run(choose("gradient", self.hidden, self.softcap, run))
         return dz[:, :columns]

@@ -10,13 +10,13 @@ from triton import knobs
 
 from .logits import transform
 
-# The interpreter's product of bfloat16 operands is garbage (it multiplies their bits), so there they are widened first.
+# The interpreter's product of bfloat16 operands is garbage (it multiplies their bits): there they are widened first.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
 def place(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """`(row block, column block)`: GROUP row blocks pass over all columns together, so that both operands stay in L2."""
+    """`(row block, column block)`: GROUP row blocks pass over all columns together: both operands stay in L2."""
     program = tl.program_id(0)
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     first = program // (GROUP * column_blocks) * GROUP
@@ -30,7 +30,7 @@ def product_tile(
     hidden, hidden_stride, rows, weight, weight_stride, columns, width, row_block, column_block,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """float32 `[BLOCK_M, BLOCK_N]`. Rows and columns behind the end repeat the last one: readable, and never stored."""
+    """float32 `[BLOCK_M, BLOCK_N]`. What lies behind the end repeats the last row or column and is never stored."""
     row = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
     column = tl.minimum(column_block * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1).to(tl.int64)
     k = tl.arange(0, BLOCK_K)

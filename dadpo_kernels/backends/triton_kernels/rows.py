@@ -1,8 +1,8 @@
 """Passes over one tile of the vocabulary in memory, one program per row, and the small kernels around them.
 
-`products` is the tile's `hidden @ weight.T` in float32, `[rows, columns]` from column `first` of the vocabulary. A row's
-entries (its label and top-k ids) ascend, so those inside the tile are a range; there are few, and a loop over them
-masks or replaces their columns in registers. No program writes what another one reads, and nothing is atomic.
+`products` is the tile's `hidden @ weight.T` in float32, `[rows, columns]` from column `first` of the vocabulary. A
+row's entries (its label and top-k ids) ascend, so those inside the tile are a range; there are few, and a loop over
+them masks or replaces their columns in registers. No program writes what another one reads, and nothing is atomic.
 """
 
 import triton
@@ -132,7 +132,7 @@ def logit_gradient(
 
 @triton.jit
 def distinct_hits(ids, first, columns, entries, ENTRIES: tl.constexpr):
-    """`(entry, column, hit)`: the row's entries in this tile; of equal ids the first, so that no two lanes share one."""
+    """`(entry, column, hit)`: the row's entries in this tile; of equal ids the first: no two lanes share one."""
     entry = tl.arange(0, ENTRIES)
     id = tl.load(ids + entry, mask=entry < entries, other=-1)
     previous = tl.load(ids + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
@@ -146,9 +146,9 @@ def enter_values(
 ):  # fmt: skip
     """Makes `factors[n] * exps[n]` the gradient of the logits: puts `values / factor` at the entries.
 
-    What stood there goes to `saved`. The factor is `c exp(kept base - base)`; where that is tiny beside the values it is
-    raised to 2^-100 of the largest, so that the quotient is finite. The exponentials it then overstates are below
-    2^44 (see `triton_.py` on bases), hence their gradients still below 2^-56 of that value.
+    What stood there goes to `saved`. The factor is `c exp(kept base - base)`; where that is tiny beside the values it
+    is raised to 2^-100 of the largest, so that the quotient is finite. The exponentials it then overstates are below
+    2^44 (see REACH in `triton_.py`), hence their gradients still below 2^-56 of that value.
     """
     row = tl.program_id(0).to(tl.int64)
     entry, column, hit = distinct_hits(ids + row * entries, first, columns, entries, ENTRIES)

@@ -1,8 +1,8 @@
 """The best k logits of a row, tile by tile: a radix select in registers, exact, whatever k.
 
-Floats are compared as integers in their own order. The k-th largest of {kept so far} and {tile} is found bit by bit: 32
-counts, no sort, no candidate list. Among equals the lowest ids win: what is kept stands in ascending order of ids, and
-tiles ascend, so ranks among equals are running counts.
+Floats are compared as integers in their own order. The k-th largest of {kept so far} and {tile} is found bit by bit:
+32 counts, no sort, no candidate list. Among equals the lowest ids win: what is kept stands in ascending order of ids,
+and tiles ascend, so ranks among equals are running counts.
 """
 
 import triton
@@ -27,7 +27,7 @@ def select(
     best_values, best_ids, capacity, have, keep, part_max, part_sum,
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, BEST: tl.constexpr,
 ):  # fmt: skip
-    """Of the `have` kept logits and the tile's, keeps the best `keep`; the softmax state of all others goes to `part_*`.
+    """Of the `have` kept logits and the tile's, keeps the best `keep`; `part_*` get the softmax state of all others.
 
     One row per program: what is kept was read in full before the counts, hence before the first store.
     """
