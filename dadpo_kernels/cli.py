@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "pairs": "sample preference pairs from teacher and student, or import a set",
     "teacher": "run a teacher over preference pairs once and cache its targets",
     "reference": "add a reference model's log-probabilities to a cache",
+    "cache": "check a cache, tell what it holds, or write it anew",
     "train": "train a student from a cache of teacher targets",
+    "memory": "say which plan of the loss fits into memory, and what it costs",
     "doctor": "say what is built, which backend is picked and why",
 }
 

@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from .backends import BACKENDS, cpu, resolve
+from .backends import BACKENDS, cpu, cuda, resolve
 
 EXTRAS = ("triton", "transformers", "accelerate", "pyarrow", "trl", "peft", "matplotlib")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,16 +34,22 @@ def versions() -> list[str]:
 
 
 def extensions() -> list[str]:
-    lines = []
-    if built := cpu._cpu:
-        lines.append(
-            f"_cpu: built; runs {built.active()} here (this processor can run: {', '.join(built.available())})"
-        )
+    if cpu._cpu:
+        can = ", ".join(cpu._cpu.available())
+        lines = [f"_cpu: built; runs {cpu._cpu.active()} here (this processor can run: {can})"]
     else:
-        found = [c for c in ("g++", "clang++", "c++") if shutil.which(c)]
-        remedy = f"{found[0]} is here now: reinstall" if found else "install g++ or clang++ and reinstall"
-        lines.append(f"_cpu: not built; {remedy} (DADPO_REQUIRE=1 makes the install fail and show why)")
+        lines = [not_built("_cpu", ("g++", "clang++", "c++"), "install g++ or clang++ and reinstall")]
+    if cuda._cuda:
+        lines.append(f"_cuda: built for compute capabilities {cuda._cuda.ARCHITECTURES}")
+    else:
+        lines.append(not_built("_cuda", ("nvcc",), "for NVIDIA GPUs, install the CUDA toolkit's nvcc and reinstall"))
     return lines
+
+
+def not_built(module: str, compilers: tuple[str, ...], remedy: str) -> str:
+    found = [c for c in compilers if shutil.which(c)]
+    remedy = f"{found[0]} is here now: reinstall" if found else remedy
+    return f"{module}: not built; {remedy} (DADPO_REQUIRE=1 makes the install fail and show why)"
 
 
 def backends() -> list[str]:

@@ -16,6 +16,11 @@ def check_head(
 ) -> None:
     """Shapes, dtypes and devices of hidden `[..., H]`, weight `[V, H]`, bias `[V]`; finite, sensible transform."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor; pass {name}.full_tensor(), or, where ranks with the same batch share the "
+                "vocabulary, call vocab_parallel_selected_logps (vocab_group of the losses)"
+            )
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
     if hidden.dim() < 1 or weight.dim() != 2:

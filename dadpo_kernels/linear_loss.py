@@ -1,16 +1,19 @@
 """From hidden states to the loss: one call of the primitive, then the objective on `[2B]` and `[2B, T, K]` numbers."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .checks import is_logp, require
 from .divergence import DivergenceKind, Support, check_divergence_options, topk_divergence
 from .head_checks import check_tolerance
 from .objective import LossType, check_preference_options, check_sum_dtype, dadpo_loss
-from .selected_logps import linear_selected_logps
+from .selected_logps import SelectedLogps, linear_selected_logps
 from .teacher.targets import TeacherTargets
 
 Answers = Literal["both", "chosen", "rejected"]
@@ -65,6 +68,7 @@ def linear_dadpo_loss(
     backend: str = "auto",
     memory_budget: int | None = None,
     grad_tolerance: float | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> DaDPOOutput:
     """Preference loss, token-level distillation and SFT on a batch of pairs, without `[tokens, vocabulary]` logits.
 
@@ -105,6 +109,8 @@ def linear_dadpo_loss(
         bias, logit_scale, softcap, temperature, ignore_index, backend, memory_budget, grad_tolerance: see
             `linear_selected_logps`.
         counts: `[3]`, see above; None means `pair_counts(labels)`.
+        vocab_group: the ranks over which the vocabulary is sharded: weight and bias are then this rank's rows, or
+            DTensors, all else is the same on all of them, and so is the loss; see `vocab_parallel_selected_logps`.
 
     Returns:
         DaDPOOutput(loss, metrics). Metrics are means over pairs (`rewards/chosen`, `rewards/rejected`,
@@ -132,12 +138,14 @@ def linear_dadpo_loss(
     valid = labels != ignore_index
     ref = _reference_sums(ref_logps, labels).chunk(2) if beta_ref else (None, None)
     told = _present(teacher, "beta_teacher").answer_logps(valid).chunk(2) if beta_teacher else (None, None)
-    topk = _present(teacher, "kl_weight").checked_topk(valid, len(weight)) if kl_weight else None
+    # Of a sharded vocabulary only the primitive knows the size; it checks the ids again.
+    vocab = len(weight) if vocab_group is None else 2**31
+    topk = _present(teacher, "kl_weight").checked_topk(valid, vocab) if kl_weight else None
 
-    selected = linear_selected_logps(
+    selected = _primitive(vocab_group, grad_tolerance)(
         hidden, weight, labels, None if topk is None else topk.topk_ids, bias=bias, logit_scale=logit_scale,
         softcap=softcap, temperature=temperature, ignore_index=ignore_index, backend=backend,
-        memory_budget=memory_budget, grad_tolerance=grad_tolerance,
+        memory_budget=memory_budget,
     )  # fmt: skip
 
     n_pairs, n_chosen, n_rejected = counts.unbind()
@@ -256,13 +264,28 @@ class LinearDaDPOLoss(nn.Module):
         teacher: TeacherTargets | None = None,
         bias: Tensor | None = None,
         counts: Tensor | None = None,
+        vocab_group: ProcessGroup | None = None,
     ) -> DaDPOOutput:
         return linear_dadpo_loss(
-            hidden, weight, labels, ref_logps=ref_logps, teacher=teacher, bias=bias, counts=counts, **self.options
-        )
+            hidden, weight, labels, ref_logps=ref_logps, teacher=teacher, bias=bias, counts=counts,
+            vocab_group=vocab_group, **self.options,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _primitive(vocab_group: ProcessGroup | None, grad_tolerance: float | None) -> Callable[..., SelectedLogps]:
+    if vocab_group is None:
+        return partial(linear_selected_logps, grad_tolerance=grad_tolerance)
+    if grad_tolerance is not None:
+        raise ValueError(
+            f"grad_tolerance={grad_tolerance} and a vocab_group: a sharded vocabulary has exact gradients only; "
+            "pass grad_tolerance=None"
+        )
+    from .vocab_parallel import vocab_parallel_selected_logps  # here: DTensor takes as long to import as torch
+
+    return partial(vocab_parallel_selected_logps, group=vocab_group)
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:

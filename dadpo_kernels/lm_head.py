@@ -40,15 +40,7 @@ def lm_head(model: nn.Module) -> LMHead:
             its own; or the model is an encoder-decoder.
     """
     causal = unwrap(model)
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    if head is None:
-        raise TypeError(
-            f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
-            "weights to the losses yourself"
-        )
-    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: the copy is the head
-        head = head.modules_to_save[head.active_adapters[0]]
-    _check_head(type(causal).__name__, head)
+    head = head_module(model)
     config = causal.config.get_text_config()
     if config.is_encoder_decoder:
         raise ValueError(f"{type(causal).__name__} is an encoder-decoder: only decoder-only models are supported")
@@ -59,6 +51,22 @@ def lm_head(model: nn.Module) -> LMHead:
         scale = scale * divisor if config.model_type in _DIVISOR_MULTIPLIES else scale / divisor
     softcap = next((c for name in _SOFTCAPS if (c := _number(config, name))), None)
     return LMHead(head.weight, head.bias, scale, softcap)
+
+
+def head_module(model: nn.Module) -> nn.Linear:
+    """The module whose weight `lm_head` gives; raises as it does."""
+    causal = unwrap(model)
+    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if head is None:
+        raise TypeError(
+            f"{type(causal).__name__} has no LM head: load the model with AutoModelForCausalLM, or pass head "
+            "weights to the losses yourself"
+        )
+    if hasattr(head, "modules_to_save"):  # PEFT trains a full copy of the head: it counts while its adapter does
+        copies = [] if head.disable_adapters else head.active_adapters
+        head = head.modules_to_save[copies[0]] if copies else head.original_module
+    _check_head(type(causal).__name__, head)
+    return head
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
@@ -101,8 +109,9 @@ def check_lm_head(model: nn.Module) -> None:
     training = causal.training
     causal.eval()
     try:
-        own = causal(input_ids=input_ids, use_cache=False).logits
-        hidden = hidden_states(causal, input_ids, torch.ones_like(input_ids)).to(head.weight.device, head.weight.dtype)
+        with torch.autocast(device.type, enabled=False):
+            own = causal(input_ids=input_ids, use_cache=False).logits
+            hidden = hidden_states(causal, input_ids, torch.ones_like(input_ids))
     finally:
         causal.train(training)
     if not own.isfinite().all():
@@ -110,7 +119,9 @@ def check_lm_head(model: nn.Module) -> None:
             f"{type(causal).__name__} gives NaN or infinite logits: check its weights, or load it in another dtype "
             "(float16 overflows where bfloat16 does not)"
         )
-    logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
+    hidden = hidden.to(head.weight.device, head.weight.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     error = (logits.to(own.device) - own).abs().max().item()

@@ -10,6 +10,7 @@ outputs. With `q = softmax(z)`, `T` the token's top-k ids, incoming gradients `g
 one scalar per token times the softmax, with the selected entries overwritten. `q_j / q_tail` is `exp(z_j - lse_tail)`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from .backends.tiled import (
     Entries,
     Grads,
     Head,
+    State,
     inside_topk,
     merge_tail,
     run_gradient,
@@ -160,7 +162,7 @@ def plan_for(
     )
 
 
-def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int, tolerance: float | None) -> int:
+def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int, tolerance: float | None = None) -> int:
     """Size of the buffer that the forward may fill: the budget, or a little more than everything there is to retain.
 
     Known from shapes alone, before masked tokens are counted, so that a compiler can trace it.
@@ -171,8 +173,20 @@ def buffer_bytes(hidden: Tensor, weight: Tensor, budget: int, tolerance: float |
     return min(budget, rows * (columns * hidden.dtype.itemsize + columns // 16) + columns // 4)
 
 
+def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:
+    """Ids counted from `first`, in the same order; those outside `[first, first + columns)` where no tile meets them.
+
+    That is below 0, or 2^16 and more behind the last column, which the padding of no tile reaches.
+    """
+    ids = ids - first
+    return ids + 2**16 * (ids >= columns)
+
+
 class Compacted:
-    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one."""
+    """The tokens that count, the tiles over them, and their plan. Forward and backward make the same one.
+
+    The head may be the rows `first`, `first + 1`, ... of one with `vocab` rows.
+    """
 
     def __init__(
         self,
@@ -185,21 +199,72 @@ class Compacted:
         ignore_index: int,
         backend: str,
         budget: int,
+        first: int = 0,
+        vocab: int | None = None,
     ) -> None:
         self.index = (labels != ignore_index).nonzero()[:, 0]
         rows = len(self.index)
+        columns, width = weight.shape
+        vocab = columns if vocab is None else vocab
         labels = labels[self.index]
-        checks.check_range("labels", labels, weight.shape[0])
+        checks.check_range("labels", labels, vocab)
         if topk_ids is not None:
             topk_ids = topk_ids[self.index]
-            checks.check_range("topk_ids", topk_ids, weight.shape[0])
+            checks.check_range("topk_ids", topk_ids, vocab)
+        if vocab != columns:
+            labels = local_ids(labels, first, columns)
+            topk_ids = None if topk_ids is None else local_ids(topk_ids, first, columns)
         self.entries = Entries.merge(labels, topk_ids)
         hidden = hidden.contiguous() if rows == len(hidden) else hidden[self.index]
         self.head = Head(weight, bias, *transform)
         self.tiles = BACKENDS[backend].tiles(hidden, self.head, self.entries)
         self.live_pass = BACKENDS[backend].live
-        vocab, width = weight.shape
-        self.plan = plan_for(rows, vocab, width, hidden.dtype, backend=backend, memory_budget=budget)
+        self.plan = plan_for(rows, columns, width, hidden.dtype, backend=backend, memory_budget=budget)
+
+    def logps(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(label [n], topk [n, K], tail [n], [n, 3])` from the state of all columns; the last is for `gradients`."""
+        base, lse, tail = merge_tail(state, inside_topk(self.entries, state.selected))
+        selected = (state.selected - base[:, None]) - lse[:, None]
+        logps = torch.empty_like(selected).scatter_(1, self.entries.order, selected)
+        k = logps.shape[1] - 1
+        return logps[:, k], logps[:, :k], tail, torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1)
+
+    def gradients(
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Tensor,
+        retained: Tensor,
+        needs: Sequence[bool],
+        grad_tolerance: float | None = None,
+    ) -> Grads:
+        """Gradients of hidden `[n, H]`, weight and bias, as `needs` says; all but the weight's in the state's dtype.
+
+        `outputs` and `grads` are label, topk and tail of all tokens, `state` is what `logps` gave, of all tokens too,
+        and for the live plan what its forward found about each token's dead columns.
+        """
+        weight, wide = self.head.weight, state.dtype
+        rows, width = len(self.index), weight.shape[1]
+        grad_hidden = weight.new_zeros(rows, self.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
+        grad_weight = self.tiles.empty(*weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
+        grad_bias = weight.new_empty(len(weight), dtype=wide) if needs[2] else None
+        if rows:
+            label, topk, tail = outputs
+            logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
+            label, topk, tail = grads
+            incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(wide)
+            summary, dead = state[self.index].split([3, state.shape[1] - 3], 1)
+            coefficients = logit_coefficients(self.entries, self.head, logps, summary, incoming)
+            out = Grads(grad_hidden, grad_weight, grad_bias)
+            if grad_tolerance is None:
+                run_gradient(self.tiles, self.plan, retained, coefficients, out)
+            else:
+                self.live(grad_tolerance, retained, len(state)).gradient(coefficients, dead, out)
+        else:
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.zero_()
+        return Grads(None if grad_hidden is None else grad_hidden[:, :width], grad_weight, grad_bias)
 
     def live(self, tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
         """The live pass over the tokens that count, of `tokens` in all, with the buffer that both its halves share."""
@@ -239,17 +304,9 @@ def _selected_logps(
         dead = state.max.new_empty(c.plan.rows, 0)
     else:
         state, dead = c.live(grad_tolerance, retained, len(labels)).statistics()
-    base, lse, tail = merge_tail(state, inside_topk(c.entries, state.selected))
-    selected = (state.selected - base[:, None]) - lse[:, None]
-    logps = torch.empty_like(selected).scatter_(1, c.entries.order, selected)
-    k = logps.shape[1] - 1
-    return (
-        c.spread(logps[:, k], labels),
-        c.spread(logps[:, :k], labels),
-        c.spread(tail, labels),
-        c.spread(torch.cat([torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1), dead], 1), labels),
-        retained,
-    )
+    *logps, summary = c.logps(state)
+    label, topk, tail, summary = (c.spread(values, labels) for values in (*logps, torch.cat([summary, dead], 1)))
+    return label, topk, tail, summary, retained
 
 
 @_selected_logps.register_fake
@@ -294,31 +351,12 @@ def _selected_logps_backward(
     """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
-    rows, dtype, wide = c.plan.rows, hidden.dtype, state.dtype
-    grad_hidden = hidden.new_zeros(rows, c.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
-    grad_weight = c.tiles.empty(*weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
-    grad_bias = hidden.new_empty(len(weight), dtype=wide) if needs[2] else None
-    if rows:
-        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[c.index]
-        grads = torch.cat([grad_topk, grad_label[:, None], grad_tail[:, None]], 1)[c.index].to(wide)
-        out = Grads(grad_hidden, grad_weight, grad_bias)
-        state, dead = state[c.index].split([3, state.shape[1] - 3], 1)
-        coefficients = logit_coefficients(c.entries, c.head, logps, state, grads)
-        if grad_tolerance is None:
-            run_gradient(c.tiles, c.plan, retained, coefficients, out)
-        else:
-            c.live(grad_tolerance, retained, len(labels)).gradient(coefficients, dead, out)
-    else:
-        for grad in (grad_weight, grad_bias):
-            if grad is not None:
-                grad.zero_()
+    g = c.gradients((label, topk, tail), (grad_label, grad_topk, grad_tail), state, retained, needs, grad_tolerance)
     none = hidden.new_empty(0)
-    if grad_hidden is not None:
-        grad_hidden = c.spread(grad_hidden[:, : hidden.shape[1]].to(dtype), hidden)
     return (
-        none if grad_hidden is None else grad_hidden,
-        none.clone() if grad_weight is None else grad_weight,
-        none.clone() if grad_bias is None else grad_bias.to(dtype),
+        none if g.hidden is None else c.spread(g.hidden.to(hidden.dtype), hidden),
+        none.clone() if g.weight is None else g.weight,
+        none.clone() if g.bias is None else g.bias.to(hidden.dtype),
     )
 
 

@@ -9,9 +9,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from .config import DaDPOConfig
-from .linear_loss import pair_counts
+from .integrations.engines import check_engine, loss_in_forward, mask_repeated_pairs, whole_parameters
+from .linear_loss import DaDPOOutput, pair_counts
 from .live_diagnostics import live_diagnostics
-from .lm_head import check_lm_head, hidden_states, lm_head
+from .lm_head import LMHead, check_lm_head, hidden_states, lm_head
 from .teacher.dataset import PairCollator, PairDataset
 from .teacher.targets import TeacherTargets
 
@@ -25,6 +26,9 @@ class DaDPOTrainer(Trainer):
     big batch's gradient exactly, whatever their lengths. Metrics carry TRL's names and are means over the pairs (or
     tokens) of each step, averaged over the steps since the last log; evaluation averages over the whole set.
 
+    Under `accelerate launch` (DDP, FSDP2, DeepSpeed ZeRO) the pairs of a step are those of all ranks, and its loss,
+    gradients and metrics are those of one process with all of them, whatever the ranks' shares of tokens.
+
     Args:
         model: a transformers causal LM whose head is a plain linear layer. Keep its parameters in float32 and set
             `bf16=True` for mixed precision: AdamW loses small updates of bfloat16 parameters.
@@ -34,7 +38,7 @@ class DaDPOTrainer(Trainer):
 
     Raises:
         ValueError: options that contradict each other, a head that `lm_head` refuses, a dataset without the targets
-            the options need, or more than one process or GPU (not supported yet).
+            the options need, or an engine that is not supported (FSDP1, DataParallel, tensor parallelism).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step
@@ -48,13 +52,10 @@ class DaDPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(
-                f"DaDPOTrainer runs on one device in one process, not on {max(args.world_size, args.n_gpu)}: set "
-                "CUDA_VISIBLE_DEVICES to one GPU, or use linear_dadpo_loss in a data-parallel loop"
-            )
-        check_lm_head(model)
         head = lm_head(model)
+        with whole_parameters(model):
+            if args.process_index == 0:  # the other ranks may hold no weights yet
+                check_lm_head(model)
         self.linear_loss = args.loss(head.logit_scale, head.softcap)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
@@ -68,6 +69,7 @@ class DaDPOTrainer(Trainer):
         kwargs.setdefault("data_collator", PairCollator(pad))
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, **kwargs)  # fmt: skip
+        check_engine(self.accelerator, args.n_gpu)
         # Rejected answers are not even read by a stage that has no use for them.
         self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
         self.tokens_seen = 0
@@ -78,10 +80,19 @@ class DaDPOTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The micro-batches of a step, and what its loss is a mean over: `pair_counts` of them all."""
+        """The micro-batches of a step, and what its loss is a mean over: `pair_counts` of them all, on all ranks.
+
+        Divided by the number of ranks, because engines average gradients.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        mask_repeated_pairs(batches[-1], self.args.process_index, self.accelerator.gradient_state.active_dataloader)
+        tokens = torch.stack([self._rows_used(batch["attention_mask"]).sum() for batch in batches]).sum()
         counts = [pair_counts(batch["labels"]) for batch in batches]
-        return batches, torch.stack(counts).sum(0).to(device) if counts else None
+        *counts, tokens = self._sum_of_ranks(torch.stack([*torch.stack(counts).sum(0), tokens]).to(device))
+        self.tokens_seen += int(tokens)
+        return batches, torch.stack(counts) / self.args.world_size
 
     def compute_loss(
         self,
@@ -92,17 +103,14 @@ class DaDPOTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the step's loss; `num_items_in_batch` holds the counts of the whole step."""
         labels = inputs["labels"]
-        rows = len(labels) // 2 if self.chosen_only else len(labels)
-        attention_mask = inputs["attention_mask"][:rows]
-        head = lm_head(model)
-        with self.accelerator.autocast():
-            hidden = hidden_states(model, inputs["input_ids"][:rows], attention_mask)
-            if self.chosen_only:
-                hidden = nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - rows))
-                labels = labels.clone()
-                labels[rows:] = -100
-            out = self.linear_loss(
-                hidden,
+        ids, attention_mask = (self._rows_used(inputs[name]) for name in ("input_ids", "attention_mask"))
+        if self.chosen_only:
+            labels = labels.clone()
+            labels[len(ids) :] = -100
+
+        def loss(hidden: Tensor, head: LMHead) -> DaDPOOutput:
+            return self.linear_loss(
+                nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - len(ids))),
                 head.weight,
                 labels,
                 ref_logps=inputs.get("ref_logps"),
@@ -110,12 +118,28 @@ class DaDPOTrainer(Trainer):
                 bias=head.bias,
                 counts=num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None,
             )
+
+        inner: Any = self.model
+        with self.accelerator.autocast():
+            out = loss_in_forward(model, inner, lambda: hidden_states(inner, ids, attention_mask), loss)
         metrics = {k: v for k, v in out.metrics.items() if not (self.chosen_only and k.startswith("logps/"))}
         if model.training:
-            self.tokens_seen += int(attention_mask.sum())
             for name, value in metrics.items():
                 self._metrics[name] = self._metrics.get(name, 0) + value
         return (out.loss, metrics) if return_outputs else out.loss
+
+    def _rows_used(self, rows: Tensor) -> Tensor:
+        return rows.chunk(2)[0] if self.chosen_only else rows
+
+    def _sum_of_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def _mean_of_ranks(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every rank divides by its share of the step's counts, so the mean over ranks is the step's."""
+        if not metrics:
+            return {}
+        total = self._sum_of_ranks(torch.stack([*metrics.values()]))
+        return dict(zip(metrics, total / self.args.world_size, strict=True))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; what the live plan reports of its backward joins the metrics, weighted by tokens."""
@@ -131,7 +155,7 @@ class DaDPOTrainer(Trainer):
         """Adds the metrics since the last training log, averaged over its steps."""
         if "loss" in logs:
             steps = self.state.global_step - self._metrics_since
-            logs |= {name: float(value) / max(1, steps) for name, value in self._metrics.items()}
+            logs |= {k: float(v) / max(1, steps) for k, v in self._mean_of_ranks(self._metrics).items()}
             self._metrics, self._metrics_since = {}, self.state.global_step
             tokens = self._live.pop("tokens", 0)
             logs |= {f"live/{name}": value / tokens for name, value in self._live.items()}
@@ -144,17 +168,24 @@ class DaDPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them."""
         loader = self.get_eval_dataloader(eval_dataset)
-        model: Any = self.model
+        model: Any = self.model_wrapped  # an engine that shards the model gathers it only inside its own forward
         training = model.training
         model.eval()
-        counts = torch.stack([pair_counts(batch["labels"]) for batch in loader]).sum(0)
+        counts = torch.stack([pair_counts(batch["labels"]) for batch in self._whole_set(loader)]).sum(0)
+        counts = self._sum_of_ranks(counts) / self.args.world_size
         sums: dict[str, Tensor] = {}
-        for batch in loader:
+        for batch in self._whole_set(loader):
             loss, metrics = self.compute_loss(model, batch, return_outputs=True, num_items_in_batch=counts)
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
         model.train(training)
-        results = {f"{metric_key_prefix}_{name}": float(value) for name, value in sums.items()}
+        results = {f"{metric_key_prefix}_{k}": float(v) for k, v in self._mean_of_ranks(sums).items()}
         self.log(results)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
+
+    def _whole_set(self, loader: Any) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches, in which no pair that another rank has counts again."""
+        for batch in loader:
+            mask_repeated_pairs(batch, self.args.process_index, loader)
+            yield batch

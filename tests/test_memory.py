@@ -1,12 +1,19 @@
 """Nothing holds `[tokens, V]`: peak memory of a fresh process, forward and backward, as the tokens grow 16-fold."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from dadpo_kernels.cli import main
+from dadpo_kernels.memory import estimate_memory
 
 SCRIPT = """
 import sys, torch
+from benchmarks.measure import reset_high_water_mark, resident_mib
 from dadpo_kernels import linear_selected_logps, linear_topk_logps
 rows, what, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 V, H, K = 60_000, 16, 4
@@ -16,27 +23,29 @@ labels, ids = torch.randint(V, (rows,)), torch.randint(V, (rows, K))
 hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
 torch.mm(hidden.detach()[:64], weight.detach()[:64].T)
 
-def peak():  # of this process alone: getrusage's ru_maxrss is inherited from the parent that forked it
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+def step(hidden, labels, ids):
+    if what == "topk":
+        assert linear_topk_logps(hidden, weight, K, backend=backend).logps.abs().sum() > 0
+    else:
+        options = {"grad_tolerance": 1e-2, "memory_budget": 0} if what == "live" else {"memory_budget": int(what)}
+        out = linear_selected_logps(hidden, weight, labels, ids, backend=backend, **options)
+        (out.label.sum() + out.topk.sum() + out.tail.sum()).backward()
 
-before = peak()
-if what == "topk":
-    assert linear_topk_logps(hidden, weight, K, backend=backend).logps.abs().sum() > 0
-else:
-    options = {"grad_tolerance": 1e-2, "memory_budget": 0} if what == "live" else {"memory_budget": int(what)}
-    out = linear_selected_logps(hidden, weight, labels, ids, backend=backend, **options)
-    (out.label.sum() + out.topk.sum() + out.tail.sum()).backward()
-    assert hidden.grad.abs().sum() > 0
-print(peak() - before)
+step(hidden[:1], labels[:1], ids[:1])  # what is imported or set up only once
+before = reset_high_water_mark()
+step(hidden, labels, ids)
+assert what == "topk" or hidden.grad.abs().sum() > 0
+print(resident_mib("VmHWM") - before)
 """
+SHAPE = {"vocab": 60_000, "width": 16, "k": 4}  # of SCRIPT
 FULL_LOGITS_MIB = 4096 * 60_000 * 4 / 2**20  # 938 in float32
 
 
-def peak_mib(rows: int, what: str, backend: str) -> float:
+def peak_mib(rows: int, what: str, backend: str, **environment: str) -> float:
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(rows), what, backend], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", SCRIPT, str(rows), what, backend],
+        env=os.environ | environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     return float(run.stdout)
 
 
@@ -55,3 +64,40 @@ def test_budget_bounds_what_is_retained(backend):
     budget = 200 * 2**20
     without, with_budget = peak_mib(2048, "0", backend), peak_mib(2048, str(budget), backend)
     assert without + 100 < with_budget < without + 200 + 32, (without, with_budget)
+
+
+@pytest.mark.parametrize("budget", [0, 2**40])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_estimate_is_what_is_measured(backend, budget):
+    estimate = estimate_memory(2048, **SHAPE, dtype=torch.float32, backend=backend, memory_budget=budget)
+    # Every freed tile is handed back at once, so that the peak is of what is held and not of what malloc sits on.
+    measured = peak_mib(2048, str(budget), backend, MALLOC_MMAP_THRESHOLD_="65536")
+    assert measured == pytest.approx(estimate.total / 2**20, rel=0.1, abs=8)
+    assert estimate.plan.units == (4 if budget == 0 else 3)
+
+
+def test_memory_command(capsys):
+    shape = ["--vocab", "49152", "--hidden", "576", "--tokens", "1024", "--dtype", "float32", "--backend", "cpu"]
+    assert main(["memory", *shape, "--memory", "300MiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    fits = {line.split()[0]: line.split()[-1] for line in lines[3:]}
+    assert fits["0"] == "yes"
+    assert fits["everything"] == "no"
+    budget = next(name for name in fits if name not in ("0", "default", "everything"))
+    assert fits[budget] == "yes"
+    assert int(budget) > 2**20
+
+    assert main(["memory", *shape, "--memory", "1MiB"]) == 1
+    assert "Nothing fits" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["memory", *shape, "--memory", "lots"])
+    assert "is no size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"rows": 0}, "rows=0"), ({"k": -1}, "k=-1"), ({"tokens": 5}, "tokens=5"), ({"backend": "x"}, "is unknown")],
+)
+def test_estimate_refuses_nonsense(change, message):
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(**({"rows": 9, **SHAPE, "dtype": torch.float32} | change))

@@ -1,5 +1,6 @@
 """The cache's format: what is written is read back, and whatever is wrong is told by its own error."""
 
+import itertools
 import json
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
 from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
 from dadpo_kernels.teacher.pairs import Pair, tokenize_pairs
 from dadpo_kernels.teacher.rows import TEACHER_SCHEMA, pack, read_pair, read_targets, teacher_row, unpack
+from dadpo_kernels.teacher.sampler import ShardSampler
 from dadpo_kernels.teacher.shards import MANIFEST, writing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +33,7 @@ N, K, V = 6, 4, 320
 def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("cache")
     data = tokenize_pairs(chat_records(N), TOKENIZER, 40)
-    capture_teacher(tiny_llama(), TOKENIZER, data, directory, k=K, shard_tokens=100)
+    capture_teacher(tiny_llama(), TOKENIZER, data, directory, k=K, shard_tokens=25)
     capture_reference(tiny_llama(seed=1), TOKENIZER, directory)
     return directory
 
@@ -93,6 +95,37 @@ def test_without_reference_the_batch_has_none(cache):
     assert "ref_logps" not in PairCollator(0)([dataset[0]])
     with pytest.raises(errors.CacheReferenceError, match="dadpo reference --model STUDENT"):
         PairDataset(cache, require_reference=True)
+
+
+@pytest.mark.parametrize(("replicas", "shards"), [(1, 1), (2, 2), (4, 99)])
+def test_the_sampler_gives_each_process_its_share_once(finished, replicas, shards):
+    dataset = PairDataset(finished)
+    by_shard = dataset.positions_by_shard()
+    assert len(by_shard) > 1
+    assert sorted(position for positions in by_shard for position in positions) == list(range(N))
+    samplers = [ShardSampler(dataset, num_replicas=replicas, rank=rank, shards=shards) for rank in range(replicas)]
+    orders = []
+    for epoch in range(4):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [list(sampler) for sampler in samplers]
+        assert [len(share) for share in shares] == [len(sampler) for sampler in samplers] == [N // replicas] * replicas
+        order = [position for turn in zip(*shares, strict=True) for position in turn]
+        assert len(set(order)) == len(order)
+        orders.append(order)
+        if shards == 1 and replicas == 1:  # one shard after the other
+            files = [next(i for i, positions in enumerate(by_shard) if p in positions) for p in order]
+            assert sum(a != b for a, b in itertools.pairwise(files)) == len(by_shard) - 1
+    assert orders[0] == [p for turn in zip(*map(list, reset(samplers)), strict=True) for p in turn]
+    assert any(order != orders[0] for order in orders)
+    with pytest.raises(ValueError, match=r"rank=2 is outside \[0, 2\)"):
+        ShardSampler(dataset, num_replicas=2, rank=2)
+
+
+def reset(samplers):
+    for sampler in samplers:
+        sampler.set_epoch(0)
+    return samplers
 
 
 ANSWER = st.integers(1, 5)

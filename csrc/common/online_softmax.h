@@ -21,15 +21,14 @@ struct OnlineSoftmax {
     float max = -INFINITY;
     Sum sum = 0;
 
-    // Adds a block whose maximum is `block_max` and whose exponentials, taken from `reference(max(max, block_max))`,
-    // sum to `block_sum`.
-    DADPO_HD void absorb(float block_max, Sum block_sum) {
-        const float merged = block_max > max ? block_max : max;
-        sum = sum * static_cast<Sum>(expf(max - reference(merged))) + block_sum;
+    // Adds columns whose maximum is `other_max` and whose exponentials, taken from `reference(other_max)`, sum to
+    // `other_sum`.
+    DADPO_HD void merge(float other_max, float other_sum) {
+        const float merged = other_max > max ? other_max : max;
+        sum = sum * static_cast<Sum>(expf(max - reference(merged))) +
+              other_sum * expf(reference(other_max) - reference(merged));
         max = merged;
     }
-
-    DADPO_HD float lse() const { return sum > 0 ? max + logf(static_cast<float>(sum)) : (sum == 0 ? -INFINITY : sum); }
 };
 
 }  // namespace dadpo

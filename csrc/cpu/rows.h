@@ -64,8 +64,7 @@ inline float group_sum(const float* z, float base) {
 // Adds a group whose exponentials, taken from its own maximum, sum to `group_sum`.
 inline void absorb(float* max, double* sum, float group_max, float group_sum) {
     OnlineSoftmax<double> state{*max, *sum};
-    const float merged = reference(group_max > *max ? group_max : *max);
-    state.absorb(group_max, group_sum * expf(reference(group_max) - merged));
+    state.merge(group_max, group_sum);
     *max = state.max;
     *sum = state.sum;
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, torch_
+from . import cpu, cuda, torch_, triton_
 from .cpu_live import CpuLive
 from .live import LivePass
 from .tiled import Tiles
@@ -25,6 +25,9 @@ class Backend(NamedTuple):
 # In order of preference.
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
+    "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
+    "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
+    "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 

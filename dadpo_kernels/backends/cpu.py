@@ -67,6 +67,15 @@ class CpuTiles(Tiles):
         groups = -(-columns // _cpu.GROUP)
         return groups * _cpu.GROUP, groups
 
+    @staticmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        tile = _cpu.Tile(
+            hidden=0, rows=rows, width=width, hidden_stride=width, weight=0, weight_stride=width, bias=0, first=0,
+            columns=columns, ids=0, in_topk=0, entries=1, scale=1.0, softcap=0.0, inv_temperature=1.0,
+            bf16=dtype == torch.bfloat16, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        return _cpu.workspace_bytes(tile, True, True, True) + rows * width * dtype.itemsize  # and the packed hidden
+
     def tile(self, first: int, columns: int):
         h, e = self.head, self.entries
         return _cpu.Tile(

@@ -12,10 +12,11 @@ def transform_logits(
 ) -> Tensor:
     """`raw = hidden @ weight.T` -> logits: bias, then scale, then softcap `c tanh(z/c)`, then `1/temperature`."""
     logits = raw if bias is None else raw + bias
-    logits = logits * scale
+    if scale != 1:
+        logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits / temperature
+    return logits if temperature == 1 else logits / temperature
 
 
 def dense_logits(

@@ -93,6 +93,11 @@ class Tiles(ABC):
     def kept_shape(rows: int, columns: int) -> tuple[int, int]:
         """`(padded columns, groups)` of a retained tile."""
 
+    @staticmethod
+    @abstractmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        """What forward and backward hold at once beside their results while they work on one tile."""
+
     def grad_hidden_columns(self) -> int:
         """Columns of the accumulator for hidden's gradient: at least H."""
         return self.hidden.shape[1]

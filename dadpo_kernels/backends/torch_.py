@@ -30,6 +30,14 @@ class TorchTiles(Tiles):
     def kept_shape(rows: int, columns: int) -> tuple[int, int]:
         return columns, 1
 
+    @staticmethod
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+        # Three tiles (logits, logits with a spare column, exponentials); of low-precision operands one more in their
+        # dtype, and its widened copy where the product needs it, beside the operands'.
+        wide = statistic_dtype(dtype)
+        low = rows * columns * (dtype.itemsize + wide.itemsize) + (rows + columns) * width * wide.itemsize
+        return rows * columns * 3 * wide.itemsize + (low if dtype != wide else 0)
+
     def logits(self, first: int, columns: int) -> Tensor:
         h = self.head
         raw = wide_mm(self.hidden, h.weight[first : first + columns].T)
@@ -109,7 +117,8 @@ def absorb(state: State, logits: Tensor) -> Tensor:
     """Merges a tile into the running softmax state; returns the tile's own base `[n]`."""
     tile_max = logits.amax(1)
     merged = torch.maximum(state.max, tile_max)
-    total = (logits - finite(merged)[:, None]).exp_().sum(1, dtype=torch.float64)
+    # Not summed in float64: on a CPU, ATen would copy the tile for it, and its sums are pairwise anyway.
+    total = (logits - finite(merged)[:, None]).exp_().sum(1)
     state.sum.mul_((state.max - finite(merged)).exp().double()).add_(total)
     state.max.copy_(merged)
     return finite(tile_max)

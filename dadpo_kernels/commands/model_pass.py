@@ -1,6 +1,7 @@
 """What the commands that run a frozen model over pairs share."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,23 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a server runs the model",
+        "vLLM, or another that answers /v1/completions with prompt_logprobs; --model then names its tokenizer and "
+        "configuration only",
+    )
+    group.add_argument("--server", metavar="URL", help="http://HOST:PORT")
+    group.add_argument("--served-name", metavar="NAME", help="name of the model there, if it serves several")
+    group.add_argument(
+        "--concurrency", type=int, default=32, metavar="N", help="requests under way at a time (%(default)s)"
+    )
+    group.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds until an answer is complete (%(default)g)"
+    )
+    group.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the server's API key")
+
+
 def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-tokens",
@@ -42,6 +60,11 @@ def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that talks to the user, of those that `torchrun` or `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def load(args: argparse.Namespace) -> Any:
     from ..teacher.load import load_model
 
@@ -50,8 +73,20 @@ def load(args: argparse.Namespace) -> Any:
     )
 
 
-def summary(directory: Path, manifest: "Manifest") -> str:
+def connect(args: argparse.Namespace) -> Any:
+    from ..teacher.server import CompletionsServer
+
+    api_key = None
+    if args.api_key_env is not None:
+        api_key = os.environ.get(args.api_key_env)
+        if not api_key:
+            raise ValueError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
+    return CompletionsServer(args.server, model=args.served_name, api_key=api_key, timeout=args.timeout)
+
+
+def print_summary(directory: Path, manifest: "Manifest") -> None:
     tokens = sum(shard.tokens for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     counts = f"{manifest.settings['pairs']} pairs, {tokens} answer tokens, {len(manifest.shards)} shard(s)"
-    return f"{directory}: {counts}, {size / tokens:.1f} bytes a token"
+    if is_first_process():
+        print(f"{directory}: {counts}, {size / tokens:.1f} bytes a token")

@@ -4,7 +4,7 @@ log-probabilities to the cache. Interrupted, the same command goes on where it s
 import argparse
 from pathlib import Path
 
-from .model_pass import add_model_arguments, add_pass_arguments, load, summary
+from .model_pass import add_model_arguments, add_pass_arguments, load, print_summary
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
         shard_tokens=args.shard_tokens,
         progress=True,
     )
-    print(summary(out, manifest))
+    print_summary(out, manifest)
     return 0

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     set_seed(config.seed)
     tokenizer = load_tokenizer(sources.model, revision=sources.revision)
     model = AutoModelForCausalLM.from_pretrained(sources.model, revision=sources.revision, dtype=sources.weights_dtype)
-    vocab_size = len(model.get_output_embeddings().weight)
+    vocab_size = model.get_output_embeddings().out_features  # the weight may be sharded
 
     def pairs(cache: str) -> PairDataset:
         return PairDataset(cache, tokenizer=tokenizer, vocab_size=vocab_size, require_reference=config.beta_ref > 0)

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from .errors import CacheFormatError, CacheReferenceError, CacheVocabularyError
 from .pairs import Pair, pad_pairs
+from .reader import RowReader
 from .rows import ANSWERS, REFERENCE_SCHEMA, TEACHER_SCHEMA, read_pair, read_targets
-from .shards import MANIFEST, REFERENCE, RowReader, read_complete
+from .shards import MANIFEST, REFERENCE, read_complete
 from .vocabulary import check_vocabulary
 
 
@@ -54,8 +55,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         for shard in self.manifest.shards:
             if shard.max_id >= self.vocab_size:
                 raise CacheVocabularyError(
-                    f"{directory} holds id {shard.max_id}, the student's vocabulary has {self.vocab_size}: resize the "
-                    "student's embeddings to the teacher's, or capture from a teacher of its family"
+                    f"{directory} holds id {shard.max_id}, the student's vocabulary has {self.vocab_size}: if teacher "
+                    "and student are of one family and differ in padding, move these ids to the tail with `dadpo "
+                    f"cache convert {directory} --student-vocab-size {self.vocab_size} --out DIR`"
                 )
         if tokenizer is not None:
             check_vocabulary(directory, self.manifest, tokenizer)
@@ -80,6 +82,13 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def positions_by_shard(self) -> list[list[int]]:
+        """Of each shard, the positions of its pairs in this data set."""
+        found: list[list[int]] = [[] for _ in self.manifest.shards]
+        for position, (_, number, _) in enumerate(self._places):
+            found[number].append(position)
+        return found
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index, number, row = self._places[position]

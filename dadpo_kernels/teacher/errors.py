@@ -1,4 +1,4 @@
-"""What can be wrong with a cache, each its own type, all of them ValueErrors that say what to do."""
+"""What can be wrong with a cache or its making, each its own type, all of them ValueErrors that say what to do."""
 
 
 class CacheError(ValueError):
@@ -43,3 +43,11 @@ class CacheSettingsError(CacheError):
 
 class CacheBusyError(CacheError):
     """Another process is writing to the directory."""
+
+
+class AnswerError(ValueError):
+    """An inference engine's answer is not the log-probabilities it was asked for."""
+
+
+class ServerError(ValueError):
+    """An inference server refused a request, or could not be reached."""

@@ -1,8 +1,9 @@
-"""Preference pairs: from JSONL in TRL's columns to token ids, and from token ids to padded batches."""
+"""Preference pairs: from records to token ids, and from token ids to padded batches."""
 
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .fingerprints import records_fingerprint
+from .sources import as_pair, records
 
 IGNORE_INDEX = -100
 
@@ -48,26 +50,36 @@ class TokenizedPairs(NamedTuple):
     source_sha256: str
 
 
-def read_pairs(path: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Records of a JSONL file with the columns `prompt`, `chosen`, `rejected`, at most `limit` of them.
+def read_pairs(source: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """Pairs `{"prompt", "chosen", "rejected"}` of a file or data set (`sources.records` says which), at most `limit`.
 
     Raises:
-        ValueError: a line is not a JSON object, a column is missing or mistyped, or there is no record.
+        ValueError: a record cannot be read or is no pair (`sources.as_pair` says what is), or there is none.
     """
-    records: list[dict[str, Any]] = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and len(records) == limit:
-                break
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-                _check_record(f"{path}, line {number}", records[-1])
-    if not records:
-        raise ValueError(f"{path} has no pairs: one JSON object a line is needed, with prompt, chosen and rejected")
-    return records
+    pairs: list[dict[str, Any]] = []
+    for where, record in islice(records(source), limit):
+        pairs.append(as_pair(where, record))
+        _check_record(where, pairs[-1])
+    if not pairs:
+        raise ValueError(f"{source} has no pairs: records with prompt, chosen and rejected are needed")
+    return pairs
+
+
+def read_prompts(source: str | Path, limit: int | None = None) -> list[Any]:
+    """The column `prompt` of a file or data set: strings, or lists of messages.
+
+    Raises:
+        ValueError: a record cannot be read, has no prompt, or there is none.
+    """
+    prompts = []
+    for where, record in islice(records(source), limit):
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not prompt or not (isinstance(prompt, str) or (isinstance(prompt, list) and all(map(_is_message, prompt)))):
+            raise ValueError(f"{where}: prompt must be a string or a list of messages")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{source} has no prompts")
+    return prompts
 
 
 def tokenize_pairs(

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .errors import (
     CacheTruncatedError,
     CacheVersionError,
 )
+from .ranks import Ranks, ranks
 
 FORMAT = "dadpo-cache"
 VERSION = 1
@@ -150,34 +151,78 @@ def check_sha256(path: Path, expected: str) -> bytes:
 
 @contextlib.contextmanager
 def writing(
-    directory: Path, kind: str, settings: Mapping[str, Any], info: Mapping[str, Any]
+    directory: Path,
+    kind: str,
+    settings: Mapping[str, Any],
+    info: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
 ) -> Iterator["ShardWriter"]:
-    """Open a directory for writing, and go on with what an interrupted run left there.
+    """Open a directory for writing, and go on with what an interrupted run left there. `files` are written beside
+    the shards. When the block ends without an error, `ShardWriter.manifest` lists the shards of all processes.
 
     Raises:
         CacheSettingsError: the directory holds a capture with other settings.
         CacheBusyError: another process is writing to it.
     """
+    writer = ShardWriter(directory, Manifest(kind, dict(settings), dict(info)), ranks())
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
-        found = read_manifest(directory, kind) if (directory / MANIFEST).exists() else None
-        if found is not None and found.shards:
-            _check_same(directory, found.settings, settings)
-            # A shard that was deleted or cut since is captured again.
-            found.shards = [shard for shard in found.shards if _size(directory, shard) == shard.bytes]
-            yield ShardWriter(directory, found)
-        else:  # nothing yet, or a run that failed before its first shard
-            writer = ShardWriter(directory, Manifest(kind, dict(settings), dict(info)))
-            writer.write_file(MANIFEST, writer.manifest.dump())
-            yield writer
+    with _locked(directory) if writer.ranks.rank == 0 else contextlib.nullcontext():
+        if writer.ranks.rank == 0:
+            writer.open(files or {})
+        writer.ranks.barrier()
+        writer.reread()
+        writer.ranks.barrier()  # nobody adds a shard before all have seen the same list
+        yield writer
+        writer.ranks.barrier()
+        if writer.ranks.rank == 0:
+            writer.collect()
+        writer.ranks.barrier()
+        writer.reread()
 
 
 @dataclass
 class ShardWriter:
-    """Adds files to a directory that `writing` has opened."""
+    """Adds files to a directory that `writing` has opened.
+
+    The first process alone writes the manifest. The others leave each shard's entry in a file of its own, which the
+    first one collects whenever it writes.
+    """
 
     directory: Path
     manifest: Manifest
+    ranks: Ranks
+
+    def open(self, files: Mapping[str, bytes]) -> None:
+        """What the first process does before the others look."""
+        for leftover in self.directory.glob(".*.tmp"):
+            leftover.unlink()
+        if (self.directory / MANIFEST).exists():
+            found = read_manifest(self.directory, self.manifest.kind)
+            found.shards += self._entries(found)
+            if found.shards:
+                _check_same(self.directory, found.settings, self.manifest.settings)
+                # A shard that was deleted or cut since is captured again.
+                found.shards = [shard for shard in found.shards if _size(self.directory, shard) == shard.bytes]
+                self.manifest = found
+        for name, content in files.items():
+            self.write_file(name, content)
+        self.collect()
+
+    def reread(self) -> None:
+        """Take the manifest as the first process wrote it."""
+        if self.ranks.rank > 0:
+            found = read_manifest(self.directory, self.manifest.kind)
+            _check_same(self.directory, found.settings, self.manifest.settings)
+            self.manifest = found
+
+    def collect(self) -> None:
+        """Write the manifest with the entries that other processes left."""
+        self.manifest.shards += self._entries(self.manifest)
+        self.manifest.shards.sort(key=lambda shard: shard.file)
+        listed = [self._entry(shard.file) for shard in self.manifest.shards]
+        self.write_file(MANIFEST, self.manifest.dump())
+        for path in listed:
+            path.unlink(missing_ok=True)
 
     def write_shard(self, number: int, table: pa.Table, *, tokens: int, max_id: int) -> None:
         """Write shard `number` and list it. One row a row group: a random pair is read without its neighbours."""
@@ -190,14 +235,26 @@ class ShardWriter:
         file = f"shard-{number:05d}.parquet"
         self.write_file(file, content)
         digest = hashlib.sha256(content).hexdigest()
-        index = table["index"].to_pylist()
-        self.manifest.shards.append(Shard(file, len(content), digest, index, tokens, max_id))
-        self.manifest.shards.sort(key=lambda shard: shard.file)
-        self.write_file(MANIFEST, self.manifest.dump())
+        shard = Shard(file, len(content), digest, table["index"].to_pylist(), tokens, max_id)
+        if self.ranks.rank == 0:
+            self.manifest.shards.append(shard)
+            self.collect()
+        else:
+            self.write_file(self._entry(file).name, json.dumps(asdict(shard)).encode())
+
+    def _entry(self, file: str) -> Path:
+        return self.directory / f".{file}.json"
+
+    def _entries(self, manifest: Manifest) -> list[Shard]:
+        """Entries left by other processes for shards that the manifest does not list."""
+        paths = self.directory.glob(self._entry("*").name)
+        found = [_typed(Shard, json.loads(path.read_bytes()), path) for path in paths]
+        listed = manifest.index()
+        return [shard for shard in found if listed.isdisjoint(shard.index)]
 
     def write_file(self, name: str, content: bytes) -> None:
         """Atomically: after a crash there is the old file or the new one, never a part."""
-        temporary = self.directory / f".{name}.tmp"
+        temporary = self.directory / f".{name}.{self.ranks.rank}-{os.getpid()}.tmp"
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -208,61 +265,6 @@ class ShardWriter:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class RowReader:
-    """Rows of a directory's shards by position. Shards stay open, as memory maps, up to a limit."""
-
-    OPEN_FILES = 256
-
-    def __init__(self, directory: Path, schema: pa.Schema) -> None:
-        self._directory = directory
-        self._schema = schema
-        self._files: dict[str, pq.ParquetFile] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # a data-loading worker opens its own
-
-    def read(self, shard: Shard, row: int) -> dict[str, Any]:
-        """Row `row` of `shard` as Python values, page checksums verified."""
-        with self._reading(shard.file):
-            table = self._file(shard).read_row_group(row, use_threads=False)
-            found = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
-        if found["index"] != shard.index[row]:
-            raise CacheFormatError(
-                f"{shard.file} has pair {found['index']} in row {row}, the manifest says {shard.index[row]}"
-            )
-        return found
-
-    def read_columns(self, shard: Shard, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Some columns of all rows of `shard`."""
-        with self._reading(shard.file):
-            rows = self._file(shard).read(columns=list(columns), use_threads=False).to_pylist()
-        if [row["index"] for row in rows] != shard.index:
-            raise CacheFormatError(f"the pairs in {shard.file} are not those that the manifest lists")
-        return rows
-
-    def _file(self, shard: Shard) -> pq.ParquetFile:
-        if shard.file not in self._files:
-            if len(self._files) >= self.OPEN_FILES:
-                self._files.pop(next(iter(self._files))).close()
-            file = pq.ParquetFile(self._directory / shard.file, memory_map=True, page_checksum_verification=True)
-            if file.schema_arrow.remove_metadata() != self._schema:
-                raise CacheFormatError(f"{shard.file} has other columns than the format: {file.schema_arrow.names}")
-            if file.metadata.num_rows != len(shard.index) or file.num_row_groups != len(shard.index):
-                raise CacheFormatError(
-                    f"{shard.file} has {file.metadata.num_rows} rows in {file.num_row_groups} row groups, "
-                    f"{len(shard.index)} of each are needed"
-                )
-            self._files[shard.file] = file
-        return self._files[shard.file]
-
-    @contextlib.contextmanager
-    def _reading(self, file: str) -> Iterator[None]:
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:  # a failed page checksum is an OSError
-            raise CacheChecksumError(f"{self._directory / file} cannot be read ({error}): copy it again") from error
 
 
 def _check_same(directory: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -32,13 +32,25 @@ def check_vocabulary(directory: Path, manifest: Manifest, tokenizer: Any) -> Non
         CacheTokenizerError: an id is another token here than there.
         CacheChecksumError, CacheFormatError: the stored vocabulary is damaged or missing.
     """
-    path = directory / VOCABULARY
-    if not path.is_file():
-        raise CacheFormatError(f"{path} is missing: copy it again or capture again")
-    stored = json.loads(check_sha256(path, manifest.settings["tokenizer_sha256"]))
+    stored = read_vocabulary(directory, manifest)
     for number, (there, here) in enumerate(zip(stored, vocabulary(tokenizer), strict=False)):
         if there != here and there is not None and here is not None:
             raise CacheTokenizerError(
                 f"{directory} was captured with another tokenizer: id {number} is {there!r} there and {here!r} in the "
                 "one given. Teacher and student must share their tokenizer"
             )
+
+
+def read_vocabulary(directory: Path, manifest: Manifest) -> list[str | None]:
+    """The token of each id, as a teacher cache stores it. Raises CacheChecksumError or CacheFormatError."""
+    path = directory / VOCABULARY
+    if not path.is_file():
+        raise CacheFormatError(f"{path} is missing: copy it again or capture again")
+    content = check_sha256(path, manifest.settings["tokenizer_sha256"])
+    try:
+        stored = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CacheFormatError(f"{path} is not JSON ({error}): capture again") from error
+    if not isinstance(stored, list) or not all(token is None or isinstance(token, str) for token in stored):
+        raise CacheFormatError(f"{path} is malformed: a list of strings and nulls is needed")
+    return stored

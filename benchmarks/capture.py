@@ -1,0 +1,194 @@
+"""What a teacher's capture costs and what its cache loses, on SmolLM2-135M.
+
+    python -m benchmarks.capture head --dtype float32 --out benchmarks/results/capture.json
+    python -m benchmarks.capture cache --out benchmarks/results/capture.json
+    python -m benchmarks.capture reader --out benchmarks/results/capture.json
+
+Each part replaces its section of the file (times in seconds, memory in MiB, k = 64, and `environment` beside them):
+
+    head/DTYPE [{tokens, gemm, ours, dense: seconds (medians), ours_mib, dense_mib}]. gemm: the product that makes
+            the logits, into memory that exists, in its fastest arrangement. ours: `linear_topk_logps` with labels.
+            dense: `log_softmax(logits).topk(k)`, and the label's gathered. Memory: growth of the resident set
+    cache   {tokens, bytes_per_token, tokens_per_second, kl_exact, kl_cached, kl_error_mean, kl_error_max}: a cache of
+            real pairs, and forward KL to a student (the same model without its last five layers) over top-k and tail,
+            from the teacher's float64 values and from the cache's; nats a token
+    reader  {pairs_per_step, tokens_per_step, step, wait, share}: a training step of the same model; and how long it
+            waits for a batch that two workers of a DataLoader read, shuffled, from that cache
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dadpo_kernels import linear_topk_logps, topk_divergence
+from dadpo_kernels.lm_head import lm_head
+from dadpo_kernels.teacher.capture import capture_teacher
+from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
+from dadpo_kernels.teacher.pairs import pad_pairs, read_pairs, tokenize_pairs
+from dadpo_kernels.teacher.sampler import ShardSampler
+from examples.smollm2 import smollm2_dir, smollm2_hidden
+
+from .cases import DTYPES
+from .floor import products, timed
+from .measure import reset_high_water_mark, resident_mib
+from .run import environment
+
+K = 64
+PAIRS = Path(__file__).parent.parent / "examples" / "quickstart" / "data" / "train.jsonl"
+REPEATS = 3
+
+
+def dense_topk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logps = torch.mm(hidden, weight.t()).float().log_softmax(-1)
+    return *logps.topk(K), logps.gather(1, labels[:, None])
+
+
+def head(tokens: list[int], dtype: torch.dtype) -> list[dict]:
+    hidden, weight, labels = smollm2_hidden(max(tokens), dtype)
+    rows = []
+    for n in tokens:
+        h, y = hidden[:n], labels[:n]
+
+        def ours(h=h, y=y) -> object:
+            return linear_topk_logps(h, weight, K, labels=y)
+
+        def dense(h=h, y=y) -> object:
+            return dense_topk(h, weight, y)
+
+        row: dict = {"tokens": n}
+        for name, call in (("ours_mib", ours), ("dense_mib", dense)):
+            call()
+            before = reset_high_water_mark()
+            call()
+            row[name] = resident_mib("VmHWM") - before
+        gemm = min((run for product, _, run in products(h, weight) if product == "logits"), key=timed)
+        times: dict[str, list[float]] = {"gemm": [], "ours": [], "dense": []}
+        for _ in range(REPEATS):
+            times["gemm"].append(timed(gemm))
+            times["ours"].append(timed(ours))
+            times["dense"].append(timed(dense))
+        row |= {name: statistics.median(values) for name, values in times.items()}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def captured(directory: Path, pairs: int):
+    """`(model, cache, seconds)` of a capture of that many pairs."""
+    source = smollm2_dir()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    data = tokenize_pairs(read_pairs(PAIRS, pairs), tokenizer, 1024)
+    start = time.perf_counter()
+    capture_teacher(model, tokenizer, data, directory, k=K, shard_tokens=2048)
+    return model, PairDataset(directory, tokenizer=tokenizer), time.perf_counter() - start
+
+
+@torch.inference_mode()
+def cache(pairs: int) -> dict:
+    with tempfile.TemporaryDirectory() as directory:
+        model, dataset, seconds = captured(Path(directory), pairs)
+        tokens = sum(shard.tokens for shard in dataset.manifest.shards)
+        weight = lm_head(model).weight
+        exact, cached = [], []
+        for i in range(len(dataset)):
+            item = dataset[i]
+            input_ids, attention_mask, labels = pad_pairs([item["pair"]], 0)
+            out = model.model(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            early = model.model.norm(out.hidden_states[-6])
+            for row, side in enumerate(("chosen", "rejected")):
+                valid = labels[row] != -100
+                teacher, student = (
+                    (hidden[row][valid] @ weight.t()).double().log_softmax(-1)
+                    for hidden in (out.last_hidden_state, early)
+                )
+                ids = torch.from_numpy(item[f"{side}_topk_ids"]).long()
+
+                def split(logps: Tensor, ids=ids) -> tuple[Tensor, Tensor]:
+                    return logps.gather(1, ids), logps.scatter(1, ids, -torch.inf).logsumexp(1)
+
+                student_topk, student_tail = split(student)
+                exact.append(topk_divergence(student_topk, student_tail, *split(teacher)))
+                stored = [torch.from_numpy(item[f"{side}_{name}"]).double() for name in ("topk_logps", "topk_tail")]
+                cached.append(topk_divergence(student_topk, student_tail, *stored))
+        a, b = torch.cat(exact), torch.cat(cached)
+        return {
+            "tokens": tokens,
+            "bytes_per_token": sum(shard.bytes for shard in dataset.manifest.shards) / tokens,
+            "tokens_per_second": tokens / seconds,
+            "kl_exact": a.mean().item(),
+            "kl_cached": b.mean().item(),
+            "kl_error_mean": (a - b).abs().mean().item(),
+            "kl_error_max": (a - b).abs().max().item(),
+        }
+
+
+def reader(pairs: int, per_step: int) -> dict:
+    with tempfile.TemporaryDirectory() as directory:
+        model, dataset, _ = captured(Path(directory), pairs)
+        loader = DataLoader(
+            dataset,
+            per_step,
+            sampler=ShardSampler(dataset),
+            num_workers=2,
+            collate_fn=PairCollator(0),
+            drop_last=True,
+            persistent_workers=True,
+        )
+        model.train()
+        waits, steps, tokens = [], [], []
+        for epoch in range(2):
+            batches = iter(loader)
+            for _ in range(len(loader)):
+                start = time.perf_counter()
+                batch = next(batches)
+                ready = time.perf_counter()
+                out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                out.logits[batch["labels"] != -100].float().logsumexp(-1).mean().backward()
+                model.zero_grad()
+                if epoch:  # the first starts the workers and the libraries
+                    waits.append(ready - start)
+                    steps.append(time.perf_counter() - ready)
+                    tokens.append(int(batch["attention_mask"].sum()))
+        step, wait = statistics.mean(steps), statistics.mean(waits)
+        return {
+            "pairs_per_step": per_step,
+            "tokens_per_step": statistics.mean(tokens),
+            "step": step,
+            "wait": wait,
+            "share": wait / (step + wait),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("head", "cache", "reader"))
+    parser.add_argument("--out", required=True, type=Path, help="JSON file; its other sections stay")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048], help="for head")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for head")
+    parser.add_argument("--pairs", type=int, default=16, help="for cache and reader")
+    args = parser.parse_args()
+    result: list | dict
+    if args.part == "head":
+        result = head(args.tokens, DTYPES[args.dtype])
+    elif args.part == "cache":
+        result = cache(args.pairs)
+    else:
+        result = reader(args.pairs, 4)
+    sections = json.loads(args.out.read_text()) if args.out.exists() else {}
+    section = f"head/{args.dtype}" if args.part == "head" else args.part
+    sections[section] = {"environment": environment(torch.get_num_threads()), "result": result}
+    args.out.write_text(json.dumps(sections, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+// What the kernels share: how a block covers its part of a row, logits, the row's entries, reductions, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cfloat>
+#include <stdexcept>
+#include <string>
+
+#include "../common/online_softmax.h"
+#include "passes.h"
+
+#ifndef DADPO_THREADS
+#define DADPO_THREADS 512
+#endif
+
+namespace dadpo {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = DADPO_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kVector = 8;  // columns a thread handles side by side: 16 bytes of a 2-byte type, twice 16 of float
+constexpr int kChunks = 4;  // such vectors, all loaded before the first is used
+constexpr int kItems = kChunks * kVector;
+constexpr int kCapacity = kThreads * kItems;
+constexpr unsigned kAll = 0xffffffffu;
+
+// A grid without blocks is an error to CUDA, and nothing to do here.
+template <typename Args>
+void launch(const Queue& queue, const char* name, void (*kernel)(Args), dim3 grid, const Args& args) {
+    if (grid.x == 0 || grid.y == 0) return;
+    cudaError_t error = cudaSetDevice(queue.device);  // of this module's own runtime; PyTorch's has its own notion
+    if (error == cudaSuccess) {
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = dim3(kThreads);
+        config.stream = static_cast<cudaStream_t>(queue.stream);
+        error = cudaLaunchKernelEx(&config, kernel, args);
+    }
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        throw std::runtime_error(std::string("CUDA kernel ") + name + " was not launched: " + cudaGetErrorString(error));
+    }
+}
+
+inline unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
+
+inline void check(const Tile& t) {
+    const bool aligned = t.stride % 4 == 0 && reinterpret_cast<uintptr_t>(t.products) % 16 == 0;
+    if (t.segments < 1 || static_cast<int64_t>(t.columns) + (aligned ? 0 : 3) > int64_t{kCapacity} * t.segments)
+        throw std::runtime_error("a row of " + std::to_string(t.columns) + " columns does not fit into " +
+                                 std::to_string(t.segments) + " segments of " + std::to_string(kCapacity));
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <typename T>
+constexpr float kRetainedScale = 1.0f;
+template <>
+constexpr float kRetainedScale<__half> = 32768.0f;
+
+// One 16-byte access.
+template <typename T>
+struct alignas(16) Pack {
+    static constexpr int size = 16 / sizeof(T);
+    T item[size];
+};
+__device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// The columns [begin, end) of a row that a block handles. Vectors are counted from `origin`, which lies up to 3 columns
+// before the row where that is what makes their loads aligned: so the first vector may be ragged, as the last.
+struct Window {
+    int begin, end, origin;
+
+    template <typename T>
+    __device__ __forceinline__ Window(const T* row, int columns, int segment, int segments) {
+        const int lead = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % Pack<T>::size);
+        const int vectors = (columns + lead + kVector - 1) / kVector;
+        const int length = (vectors + segments - 1) / segments * kVector;
+        origin = segment * length - lead;
+        begin = origin > 0 ? origin : 0;
+        end = origin + length < columns ? origin + length : columns;
+    }
+    __device__ __forceinline__ int at(int chunk) const {
+        return origin + (chunk * kThreads + static_cast<int>(threadIdx.x)) * kVector;
+    }
+    __device__ __forceinline__ bool full(int at) const { return begin <= at && at + kVector <= end; }
+    __device__ __forceinline__ bool holds(int column) const { return begin <= column && column < end; }
+};
+
+template <typename T>
+__device__ __forceinline__ void load(const T* row, const Window& w, int at, float* out) {
+    if (w.full(at) && aligned(row + at)) {
+#pragma unroll
+        for (int p = 0; p < kVector; p += Pack<T>::size) {
+            const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(row + at + p);
+#pragma unroll
+            for (int i = 0; i < Pack<T>::size; i++) out[p + i] = to_float(pack.item[i]);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; i++) out[i] = w.holds(at + i) ? to_float(row[at + i]) : 0.0f;
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void store(T* row, const Window& w, int at, const float* in) {
+    if (w.full(at) && aligned(row + at)) {
+#pragma unroll
+        for (int p = 0; p < kVector; p += Pack<T>::size) {
+            Pack<T> pack;
+#pragma unroll
+            for (int i = 0; i < Pack<T>::size; i++) pack.item[i] = from_float<T>(in[p + i]);
+            *reinterpret_cast<Pack<T>*>(row + at + p) = pack;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; i++)
+            if (w.holds(at + i)) row[at + i] = from_float<T>(in[i]);
+    }
+}
+
+// softcap * tanh(scale * x / softcap) / temperature, or scale * x / temperature.
+struct Transform {
+    float in, out, inv_out2;
+    bool cap;
+
+    __device__ __forceinline__ explicit Transform(const Tile& t)
+        : in(t.softcap > 0 ? t.scale / t.softcap : t.scale * t.inv_temperature),
+          out(t.softcap * t.inv_temperature),
+          inv_out2(1 / (out * out)),
+          cap(t.softcap > 0) {}
+    __device__ __forceinline__ float logit(float product) const {
+        return cap ? out * tanhf(product * in) : product * in;
+    }
+    __device__ __forceinline__ float slope(float logit) const {  // 1 - tanh^2; 0 for the -inf of a removed column
+        return 1.0f - fminf(logit * logit * inv_out2, 1.0f);
+    }
+};
+
+// This thread's logits of the window, -inf outside it.
+__device__ __forceinline__ void load_logits(const Tile& t, const float* row, const Window& w, float (&z)[kItems]) {
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) load(row, w, w.at(c), z + c * kVector);
+    if (t.bias) {
+#pragma unroll
+        for (int c = 0; c < kChunks; c++) {
+            float bias[kVector];
+            load(t.bias, w, w.at(c), bias);
+#pragma unroll
+            for (int i = 0; i < kVector; i++) z[c * kVector + i] += bias[i];
+        }
+    }
+    const Transform transform(t);
+#pragma unroll
+    for (int i = 0; i < kItems; i++) z[i] = transform.logit(z[i]);
+#pragma unroll
+    for (int c = 0; c < kChunks; c++) {
+        if (w.full(w.at(c))) continue;
+#pragma unroll
+        for (int i = 0; i < kVector; i++)
+            if (!w.holds(w.at(c) + i)) z[c * kVector + i] = -INFINITY;
+    }
+}
+
+// The entries [begin, end) of a row whose ids lie in [first, last).
+struct Hits {
+    int begin, end;
+
+    __device__ __forceinline__ Hits(const int32_t* ids, int count, int first, int last)
+        : begin(lower_bound(ids, count, first)), end(lower_bound(ids, count, last)) {}
+    __device__ __forceinline__ static int lower_bound(const int32_t* ids, int count, int id) {
+        int low = 0;
+        while (count > 0) {
+            const int half = count / 2;
+            const bool below = ids[low + half] < id;
+            low = below ? low + half + 1 : low;
+            count = below ? count - half - 1 : half;
+        }
+        return low;
+    }
+};
+
+__device__ __forceinline__ void store_selected(const Tile& t, const float* row, const int32_t* ids, const Hits& hits,
+                                               float* selected) {
+    const Transform transform(t);
+    for (int e = hits.begin + static_cast<int>(threadIdx.x); e < hits.end; e += kThreads) {
+        const int column = ids[e] - t.first;
+        selected[e] = transform.logit(row[column] + (t.bias ? t.bias[column] : 0.0f));
+    }
+}
+
+// Of equal ids the first: no two threads write the same place.
+__device__ __forceinline__ bool distinct(const int32_t* ids, int e) { return e == 0 || ids[e - 1] != ids[e]; }
+
+// Replaces what this block has written at the row's entries. Its other threads wrote there just before.
+template <typename T>
+__device__ __forceinline__ void overwrite(T* row, const Window& w, const int32_t* ids, int count, int first,
+                                          const float* values) {
+    __syncthreads();
+    const Hits hits(ids, count, first + w.begin, first + w.end);
+    for (int e = hits.begin + static_cast<int>(threadIdx.x); e < hits.end; e += kThreads)
+        if (distinct(ids, e)) row[ids[e] - first] = from_float<T>(values ? values[e] : 0.0f);
+}
+
+struct Max {
+    static constexpr float identity = -INFINITY;
+    __device__ __forceinline__ static float of(float a, float b) { return fmaxf(a, b); }
+};
+struct Sum {
+    static constexpr float identity = 0.0f;
+    __device__ __forceinline__ static float of(float a, float b) { return a + b; }
+};
+
+template <typename Op>
+__device__ __forceinline__ float warp_reduce(float x) {
+#pragma unroll
+    for (int offset = kWarp / 2; offset; offset /= 2) x = Op::of(x, __shfl_xor_sync(kAll, x, offset));
+    return x;
+}
+
+// Over the block; every thread gets the result. `scratch` [kWarps] must not be in use from a reduction before.
+template <typename Op>
+__device__ __forceinline__ float block_reduce(float x, float* scratch) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    x = warp_reduce<Op>(x);
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    return warp_reduce<Op>(lane < kWarps ? scratch[lane] : Op::identity);
+}
+
+template <typename Visit>
+void for_type(Type type, Visit visit) {
+    switch (type) {
+        case Type::f32: return visit(float{});
+        case Type::bf16: return visit(__nv_bfloat16{});
+        case Type::f16: return visit(__half{});
+    }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace dadpo

@@ -1,0 +1,37 @@
+"""From a product `hidden . weight[j]` to a logit, and the entries of a row that lie in a tile."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # A series near 0, where 1 - e^-2x would cancel.
+    size = tl.abs(x)
+    square = x * x
+    e = tl.exp(-2.0 * size)
+    series = 1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835))))
+    y = tl.where(size < 0.3, size * series, (1.0 - e) / (1.0 + e))
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def transform(products, scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
+    """Products (bias added) -> logits."""
+    if SOFTCAP:
+        return tanh(products * (scale / softcap)) * (softcap * inv_temperature)
+    else:
+        return products * (scale * inv_temperature)
+
+
+@triton.jit
+def slope(logits, softcap, inv_temperature):
+    """The softcap's `1 - tanh^2`, from the logits behind it; 0 where a logit was replaced by -inf."""
+    y = logits / (softcap * inv_temperature)
+    return tl.maximum(1.0 - y * y, 0.0)
+
+
+@triton.jit
+def finite(maximum):
+    """A reference for exponentials that never forms `inf - inf`."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)

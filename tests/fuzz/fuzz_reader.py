@@ -1,0 +1,111 @@
+"""Coverage-guided fuzzing of what this package reads from others: caches, and answers of a server.
+
+    pip install atheris
+    python -m tests.fuzz.fuzz_reader -max_total_time=60
+
+Each input damages one file of a small cache and makes the manifest's sizes and checksums right again, as a careless
+program that writes caches would; or it is a server's answer. What comes back must be a typed error or sane numbers.
+Other arguments are libFuzzer's. Not part of the test run: `test_*` files hold the same properties under hypothesis.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+with atheris.instrument_imports(include=["dadpo_kernels.teacher"]):
+    from dadpo_kernels.teacher import dataset, prompt_logprobs, server, verify
+    from dadpo_kernels.teacher.errors import AnswerError, CacheError
+
+import numpy as np
+from tiny import chat_records, tiny_llama, tiny_tokenizer
+from vllm_server import as_json
+from vllm_server import prompt_logprobs as true_prompt_logprobs
+
+from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
+from dadpo_kernels.teacher.pairs import tokenize_pairs
+
+K, V = 4, 320
+IDS = [1, 17, 42, 5]
+MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
+ANSWER = json.dumps(as_json(true_prompt_logprobs(MODEL, IDS, K))).encode()
+ROOT = Path(tempfile.mkdtemp(prefix="fuzz-"))
+capture_teacher(MODEL, TOKENIZER, tokenize_pairs(chat_records(2), TOKENIZER, 40), ROOT, k=K)
+capture_reference(MODEL, TOKENIZER, ROOT)
+FILES = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted(ROOT.rglob("*.*")) if path.is_file()}
+
+
+def damage(original: bytes, data: atheris.FuzzedDataProvider) -> bytes:
+    content = bytearray(original)
+    for _ in range(data.ConsumeIntInRange(1, 4)):
+        at = data.ConsumeIntInRange(0, len(content))
+        content[at : at + data.ConsumeIntInRange(0, 8)] = data.ConsumeBytes(data.ConsumeIntInRange(0, 8))
+    return bytes(content)
+
+
+def with_right_sums(name: str, content: bytes) -> None:
+    """Write the file, and make the manifest beside it agree."""
+    (ROOT / name).write_bytes(content)
+    manifest = (ROOT / name).with_name("manifest.json")
+    document = json.loads(FILES[manifest.relative_to(ROOT).as_posix()])
+    digest = hashlib.sha256(content).hexdigest()
+    for shard in document["shards"]:
+        if shard["file"] == Path(name).name:
+            shard.update(bytes=len(content), sha256=digest)
+    if name == "vocabulary.json":
+        document["settings"]["tokenizer_sha256"] = digest
+    manifest.write_text(json.dumps(document))
+
+
+def read_cache(name: str, content: bytes) -> None:
+    if name.endswith("manifest.json"):
+        (ROOT / name).write_bytes(content)
+    else:
+        with_right_sums(name, content)
+    try:
+        list(verify.problems(ROOT))
+        with contextlib.suppress(CacheError):
+            found = dataset.PairDataset(ROOT, tokenizer=TOKENIZER)
+            for position in range(len(found)):
+                item = found[position]
+                for column, values in item.items():
+                    if column.endswith("_ids"):
+                        assert values.min(initial=0) >= 0
+                        assert values.max(initial=0) < found.vocab_size
+                    elif column != "pair":
+                        assert (np.asarray(values) <= 1e-3).all(), column
+    finally:
+        for path, original in FILES.items():
+            (ROOT / path).write_bytes(original)
+
+
+def read_answer(content: bytes) -> None:
+    with contextlib.suppress(AnswerError):
+        answer = server._json_object(b'{"a": ' + content + b"}")["a"]
+        targets = prompt_logprobs.answer_targets(answer, IDS, 1, K, V)
+        mass = np.exp(targets["topk_logps"].astype(float)).sum(1) + np.exp(targets["topk_tail"].astype(float))
+        np.testing.assert_allclose(mass, 1, atol=5e-3)
+
+
+def one_input(content: bytes) -> None:
+    data = atheris.FuzzedDataProvider(content)
+    name = data.PickValueInList([*FILES, "answer"])
+    if name == "answer":
+        read_answer(damage(ANSWER, data))
+    else:
+        read_cache(name, damage(FILES[name], data))
+
+
+if __name__ == "__main__":
+    try:
+        atheris.Setup(sys.argv, one_input)
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(ROOT)

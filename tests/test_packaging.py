@@ -1,0 +1,171 @@
+"""What pip makes of a clean checkout, with and without compilers.
+
+The cheap half runs always. DADPO_PACKAGING=1 adds the other: installs through pip's build isolation, each into an
+environment of its own, for minutes and from the package index. TORCH_PYTHON names a Python with another PyTorch, on
+which the wheel's CPU tests are run too.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [p.relative_to(ROOT).as_posix() for p in ROOT.glob("csrc/*/*")]
+CUDA = ("nvcc", "ptxas", "cicc", "fatbinary", "nvlink")
+HOST = ("g++", "gcc", "c++", "cc", "clang", "clang++", "x86_64-linux-gnu-", "aarch64-linux-gnu-")
+thorough = pytest.mark.skipif(os.environ.get("DADPO_PACKAGING") != "1", reason="DADPO_PACKAGING=1 runs it: minutes")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The tree without anything built."""
+    copy = tmp_path_factory.mktemp("checkout") / "dadpo-kernels"
+    ignored = shutil.ignore_patterns(".git", ".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs")
+    return shutil.copytree(ROOT, copy, ignore=ignored)
+
+
+def without(names: tuple[str, ...], directory: Path) -> dict[str, str]:
+    """The environment, its PATH less the programs whose names start so."""
+    directory.mkdir(parents=True)
+    for place in os.environ["PATH"].split(os.pathsep):
+        for program in Path(place).glob("*"):
+            link = directory / program.name
+            if not program.name.startswith(names) and not os.path.lexists(link):
+                link.symlink_to(program)
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CUDA_HOME", "CUDA_PATH")}
+    return {**environment, "PATH": str(directory)}
+
+
+def build(hook: str, source: Path, out: Path, env: dict[str, str] | None = None) -> Path:
+    """Calls the build backend as pip and build do."""
+    out.mkdir()
+    code = f"from setuptools.build_meta import {hook}; {hook}({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, env=env, check=True, capture_output=True)
+    return next(out.iterdir())
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout, tmp_path_factory):
+    """The unpacked source distribution."""
+    out = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("build_sdist", checkout, out / "packed")) as archive:
+        archive.extractall(out / "unpacked", filter="data")
+    return next((out / "unpacked").iterdir())
+
+
+def test_sdist_has_every_source(sdist):
+    found = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*")}
+    assert len(SOURCES) > 10
+    for name in (*SOURCES, "setup.py", "pyproject.toml", "README.md", "LICENSE", "dadpo_kernels/py.typed"):
+        assert name in found, name
+
+
+def check_contents(wheel: Path, modules: set[str]) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    packages = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dadpo_kernels").rglob("*.py")}
+    assert packages <= set(names)
+    assert {n.split("/")[1].split(".")[0] for n in names if n.endswith((".so", ".pyd"))} == modules
+    strangers = [n for n in names if not n.startswith(("dadpo_kernels/", "dadpo_kernels-"))]
+    assert not strangers
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_without_any_compiler(sdist, tmp_path):
+    """Pure Python, and it works: the doctor tells what is missing."""
+    environment = without((*CUDA, *HOST), tmp_path / "bin")
+    wheel = build("build_wheel", sdist, tmp_path / "wheel", environment)
+    check_contents(wheel, set())
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    code = """
+import torch, dadpo_kernels as d
+from dadpo_kernels.cli import main
+out = d.linear_selected_logps(torch.ones(2, 3), torch.randn(5, 3), torch.tensor([1, 4]))
+assert out.label.isfinite().all()
+main(["doctor"])
+"""
+    environment["PYTHONPATH"] = str(tmp_path / "installed")
+    command = [sys.executable, "-P", "-c", code]
+    text = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "_cpu: not built; install g++ or clang++" in text
+    assert "_cuda: not built; for NVIDIA GPUs, install the CUDA toolkit's nvcc" in text
+    assert "cpu float32   torch" in text
+
+
+def test_required_modules_fail_the_build(sdist, tmp_path):
+    environment = {**without((*CUDA, *HOST), tmp_path / "bin"), "DADPO_REQUIRE": "1", "DADPO_CUDA": "0"}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        build("build_wheel", sdist, tmp_path / "wheel", environment)
+    assert b"no C++ compiler found: install g++ or clang++" in error.value.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+@pytest.mark.parametrize("listed", ["7.5", "Hopper", "8.0;nine"])
+def test_unknown_architectures_are_named(sdist, tmp_path, listed):
+    environment = {**os.environ, "DADPO_REQUIRE": "1", "DADPO_CPU": "0", "TORCH_CUDA_ARCH_LIST": listed}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        build("build_wheel", sdist, tmp_path / "wheel", environment)
+    assert f"TORCH_CUDA_ARCH_LIST has {listed.split(';')[-1]!r}".encode() in error.value.stderr
+
+
+CASES = {
+    "with nvcc": ((), {"_cpu", "_cuda"}),
+    "without nvcc": (CUDA, {"_cpu"}),
+    "no compiler": ((*CUDA, *HOST), set()),
+}
+
+
+@thorough
+@pytest.mark.parametrize("case", CASES)
+def test_install_into_a_clean_environment(checkout, tmp_path, case):
+    """`pip install .` with build isolation; PyTorch is lent from here, to save the download."""
+    missing, modules = CASES[case]
+    if "_cuda" in modules and not shutil.which("nvcc"):
+        pytest.skip("no nvcc here")
+    environment = without(missing, tmp_path / "bin")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    start = time.time()
+    command = [python, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "-w", tmp_path / "wheel", "."]
+    subprocess.run(command, cwd=checkout, env=environment, check=True)
+    wheel = next((tmp_path / "wheel").iterdir())
+    print(f"\n{case}: built in {time.time() - start:.0f} s, {wheel.stat().st_size / 2**20:.2f} MiB, {wheel.name}")
+    check_contents(wheel, modules)
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", wheel], check=True)
+    lend_packages(python, Path(torch.__file__).parents[1])
+    text = subprocess.run(
+        [python, "-P", "-m", "dadpo_kernels.cli", "doctor"],
+        env=environment, cwd=tmp_path, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in ("_cpu", "_cuda"):
+        assert (f"{name}: not built" in text) == (name not in modules), text
+    for other in filter(None, [os.environ.get("TORCH_PYTHON")]):
+        if modules:
+            run_tests(Path(other), wheel, tmp_path)
+    if modules:
+        run_tests(Path(sys.executable), wheel, tmp_path)
+
+
+def lend_packages(python: Path, packages: Path) -> None:
+    code = "import site; print(site.getsitepackages()[0])"
+    place = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    (Path(place) / "lent.pth").write_text(f"{packages}\n")
+
+
+def run_tests(python: Path, wheel: Path, directory: Path) -> None:
+    """The wheel's CPU tests, from a directory in which there is no source to import instead."""
+    here = directory / f"tests-{python.parent.parent.name}"
+    shutil.copytree(ROOT / "tests", here / "tests")
+    zipfile.ZipFile(wheel).extractall(here / "installed")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "installed"), str(here / "tests")])}
+    files = [here / "tests" / f"test_{n}.py" for n in ("selected_logps", "topk_logps", "objective", "divergence")]
+    command = [python, "-P", "-m", "pytest", "-q", "-k", "not real and not agrees", "--rootdir", here, *files]
+    subprocess.run(command, env=environment, cwd=here, check=True)

@@ -1,0 +1,169 @@
+"""A server on loopback that answers as vLLM does, from a tiny model, and fails on request."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import torch
+
+
+@torch.no_grad()
+def prompt_logprobs(model, ids, k):
+    """`[None, {id: Logprob}, ...]`: the realised token first, then the k best, as vLLM builds it."""
+    logps = model(torch.tensor(ids)[None]).logits[0].float().log_softmax(-1)
+    found = [None]
+    for row, token in zip(logps[:-1], ids[1:], strict=True):
+        values, best = row.topk(k)
+        listed = [(token, row[token].item(), int((row >= row[token]).sum()))]
+        listed += [(i, v, rank) for rank, (i, v) in enumerate(zip(best.tolist(), values.tolist(), strict=True), 1)]
+        found.append({i: SimpleNamespace(logprob=v, rank=rank, decoded_token="x") for i, v, rank in listed})
+    return found
+
+
+def flat(entries, ids):
+    """The same as vLLM's `FlatLogprobs`: the realised token is listed first, and again if it is one of the k best."""
+    out = SimpleNamespace(start_indices=[], end_indices=[], token_ids=[], logprobs=[])
+    for entry, token in zip(entries, ids, strict=True):
+        out.start_indices.append(len(out.token_ids))
+        if entry is not None:
+            ranked = sorted((v.rank, i) for i, v in entry.items())
+            k = len(entry) - (ranked[-1][1] == token and ranked[-1][0] > len(entry) - 1)
+            best = [i for _, i in ranked[:k]]
+            out.token_ids += [token, *best]
+            out.logprobs += [entry[i].logprob for i in (token, *best)]
+        out.end_indices.append(len(out.token_ids))
+    return out
+
+
+def as_json(entries):
+    """What the server makes of it: ids are strings, and -inf is -9999.0."""
+    return [
+        entry and {str(i): {**vars(v), "logprob": max(v.logprob, -9999.0)} for i, v in entry.items()}
+        for entry in entries
+    ]
+
+
+class VLLM(ThreadingHTTPServer):
+    """`faults` are taken one a request, each a function of the handler that returns whether it answered; `served`
+    are the prompts that were answered in full."""
+
+    daemon_threads = True
+
+    def __init__(self, model, models=("teacher",)):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model, self.models = model, models
+        self.faults, self.served, self.requests = [], [], []
+        self.change = lambda document: document
+        self.lock = threading.Lock()
+        self.most, self.now = 0, 0
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        """Broken connections are what the tests make."""
+
+
+@contextmanager
+def serving(model, **options):
+    server = VLLM(model, **options)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: VLLM
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, document, status=200, headers=(), cut=0):
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) - cut])
+        if cut:
+            self.close_connection = True
+
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        self.reply({"object": "list", "data": [{"id": name} for name in self.server.models]})
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests.append((self.path, dict(self.headers), body))
+            fault = server.faults.pop(0) if server.faults else None
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            if fault is not None and fault(self):
+                return
+            with server.lock:
+                entries = as_json(prompt_logprobs(server.model, body["prompt"], body["prompt_logprobs"]))
+            document = {"choices": [{"index": 0, "text": " x", "prompt_logprobs": entries}]}
+            with server.lock:
+                server.served.append(tuple(body["prompt"]))
+            self.reply(server.change(document))
+        finally:
+            with server.lock:
+                server.now -= 1
+
+
+def drop(handler):
+    handler.close_connection = True
+    handler.connection.close()
+    return True
+
+
+def status(code, headers=()):
+    def fault(handler):
+        handler.reply({"error": {"message": "as asked for"}}, code, headers)
+        return True
+
+    return fault
+
+
+def half_a_body(handler):
+    handler.reply({"choices": [{"prompt_logprobs": [None] * 50}]}, cut=100)
+    return True
+
+
+def one_token_less(handler):
+    handler.reply({"choices": [{"prompt_logprobs": [None]}]})
+    return True
+
+
+def slow(handler):
+    time.sleep(0.1)
+
+
+def drip(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def endless(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" " * 2**20)
