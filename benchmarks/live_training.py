@@ -17,6 +17,7 @@ The file: `{task: {metric: {plan: [one value per seed]}, "curves": {plan: [[trai
 """
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -123,9 +124,7 @@ def distill(teacher: Any, tokenizer: Any, caches: dict[str, Path], seed: int, ep
 
 
 def student_of(teacher: Any) -> Any:
-    student = LlamaForCausalLM(teacher.config)
-    student.load_state_dict(teacher.state_dict())
-    return drop_layers(student, [teacher.config.num_hidden_layers - 1])
+    return drop_layers(copy.deepcopy(teacher), [teacher.config.num_hidden_layers - 1])
 
 
 def collect(task: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -141,10 +140,17 @@ def collect(task: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return result
 
 
+def rounded(value: Any) -> Any:
+    """Five digits: the file is committed."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.5g}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120, help="of cross_entropy")
+    parser.add_argument("--steps", type=int, default=80, help="of cross_entropy")
     parser.add_argument("--epochs", type=int, default=1, help="of distill")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -175,7 +181,7 @@ def main() -> None:
                 runs[name(tolerance)].append(distill(teacher, tokenizer, caches, seed, args.epochs, tolerance))
     results["distill"] = collect("distill", runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results) + "\n")
+    args.out.write_text(json.dumps(rounded(results)) + "\n")
 
 
 if __name__ == "__main__":
