@@ -55,7 +55,7 @@ def test_measure_against_dense(tmp_path):
         nll -= means[0] * len(item["pair"].chosen_ids)
         tokens += len(item["pair"].chosen_ids)
         margins.append(means[0] - means[1])
-    assert got["nll"] == pytest.approx(nll / tokens, rel=1e-2)  # the measure runs in bfloat16
+    assert got["nll"] == pytest.approx(nll / tokens, rel=1e-2)  # the measure may run in bfloat16
     assert got["margin"] == pytest.approx(sum(margins) / 11, abs=3e-2)
     assert got["kl"] > 0.1
 

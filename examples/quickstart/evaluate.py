@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from dadpo_kernels import TeacherTargets, linear_selected_logps, topk_divergence
 from dadpo_kernels.lm_head import hidden_states, lm_head
 from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
+from examples.quickstart.precision import bfloat16_is_fast
 
 ROWS = {
     "kl": "KL to the teacher on its answers (nats/token)",
@@ -34,7 +35,7 @@ def evaluate(model_path: Path, cache: Path) -> dict[str, float]:
         batch = collate([pairs[i] for i in range(start, min(start + 8, len(pairs)))])
         labels = batch["labels"]
         teacher = TeacherTargets(*(batch[f"teacher_{name}"] for name in TeacherTargets._fields))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_is_fast()):
             hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
             student = linear_selected_logps(hidden, head.weight, labels, teacher.topk_ids)
         valid = labels != -100

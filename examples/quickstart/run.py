@@ -16,12 +16,12 @@ from pathlib import Path
 from dadpo_kernels.cli import main as dadpo
 from examples.quickstart.evaluate import ROWS, evaluate
 from examples.quickstart.plots import plot
+from examples.quickstart.precision import bfloat16_is_fast
 from examples.quickstart.prune import DATA, prune
 from examples.smollm2 import smollm2_dir
 
 HERE = Path(__file__).parent
 K = "32"
-LOW = ("--dtype", "bfloat16")  # the frozen models: half the time of float32 on a CPU
 
 
 def command(done: Path, *arguments: object) -> None:
@@ -42,32 +42,27 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or Path("runs/quickstart-full" if args.full else "runs/quickstart")
     begin = time.time()
+    low = bfloat16_is_fast()
+    frozen, trained = ("--dtype", "bfloat16" if low else "float32"), ("--bf16", low)
 
     teacher = smollm2_dir()
     pruned = prune(teacher, out / "pruned")
     for name in ("train", "heldout"):
         cache = out / f"cache-{name}"
         data = DATA / f"{name}.jsonl"
-        command(cache / "manifest.json", "teacher", "--model", teacher, "--data", data, "--out", cache, "--k", K, *LOW)
+        command(
+            cache / "manifest.json", "teacher", "--model", teacher, "--data", data, "--out", cache, "--k", K, *frozen
+        )
 
     longer = ["--num_train_epochs", "3"] if args.full else []
     sft, student = out / "sft", out / "dadpo"
     caches = ["--cache", out / "cache-train", "--eval_cache", out / "cache-heldout"]
-    command(sft / "config.json", "train", HERE / "sft.yaml", "--model", pruned, *caches, "--output_dir", sft, *longer)
+    options = [*caches, *trained, *longer]
+    command(sft / "config.json", "train", HERE / "sft.yaml", "--model", pruned, "--output_dir", sft, *options)
     for name in ("train", "heldout"):
         cache = out / f"cache-{name}"
-        command(cache / "reference" / "manifest.json", "reference", "--model", sft, "--cache", cache, *LOW)
-    command(
-        student / "config.json",
-        "train",
-        HERE / "dadpo.yaml",
-        "--model",
-        sft,
-        *caches,
-        "--output_dir",
-        student,
-        *longer,
-    )
+        command(cache / "reference" / "manifest.json", "reference", "--model", sft, "--cache", cache, *frozen)
+    command(student / "config.json", "train", HERE / "dadpo.yaml", "--model", sft, "--output_dir", student, *options)
 
     models = {"teacher": teacher, "pruned": pruned, "after SFT": sft, "after daDPO": student}
     results = {name: evaluate(path, out / "cache-heldout") for name, path in models.items()}
