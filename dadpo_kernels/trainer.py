@@ -88,11 +88,12 @@ class DaDPOTrainer(Trainer):
         if not batches:
             return batches, None
         mask_repeated_pairs(batches[-1], self.args.process_index, self.accelerator.gradient_state.active_dataloader)
-        tokens = torch.stack([self._rows_used(batch["attention_mask"]).sum() for batch in batches]).sum()
         counts = [pair_counts(batch["labels"]) for batch in batches]
-        *counts, tokens = self._sum_of_ranks(torch.stack([*torch.stack(counts).sum(0), tokens]).to(device))
-        self.tokens_seen += int(tokens)
-        return batches, torch.stack(counts) / self.args.world_size
+        tokens = [self._rows_used(batch["attention_mask"]).sum()[None] for batch in batches]
+        mine = torch.cat([torch.stack(counts), torch.stack(tokens)], 1).sum(0)
+        every = self._sum_of_ranks(mine.to(device))
+        self.tokens_seen += int(every[3])
+        return batches, every[:3] / self.args.world_size
 
     def compute_loss(
         self,

@@ -6,6 +6,7 @@ DeepSpeed compiles a shared-memory collective for CPUs, which takes a minute.
 
 import os
 import sys
+from importlib import import_module
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, is_deepspeed_available
@@ -25,9 +26,8 @@ def fsdp_on_cpu(self, *args, fsdp_plugin=None, **kwargs):
 
 AcceleratorState.__init__ = fsdp_on_cpu
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and is_deepspeed_available():
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # By its name: the attribute `deepspeed.comm.torch` is PyTorch.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 if __name__ == "__main__":
     sys.exit(main())
