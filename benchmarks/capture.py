@@ -2,7 +2,6 @@
 
     python -m benchmarks.capture head --dtype float32 --out benchmarks/results/capture.json
     python -m benchmarks.capture cache --out benchmarks/results/capture.json
-    python -m benchmarks.capture reader --out benchmarks/results/capture.json
 
 Each part replaces its section of the file (times in seconds, memory in MiB, k = 64, and `environment` beside them):
 
@@ -12,8 +11,6 @@ Each part replaces its section of the file (times in seconds, memory in MiB, k =
     cache   {tokens, bytes_per_token, tokens_per_second, kl_exact, kl_cached, kl_error_mean, kl_error_max}: a cache of
             real pairs, and forward KL to a student (the same model without its last five layers) over top-k and tail,
             from the teacher's float64 values and from the cache's; nats a token
-    reader  {pairs_per_step, tokens_per_step, step, wait, share}: a training step of the same model; and how long it
-            waits for a batch that two workers of a DataLoader read, shuffled, from that cache
 """
 
 import argparse
@@ -25,15 +22,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dadpo_kernels import linear_topk_logps, topk_divergence
 from dadpo_kernels.lm_head import lm_head
 from dadpo_kernels.teacher.capture import capture_teacher
-from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
+from dadpo_kernels.teacher.dataset import PairDataset
 from dadpo_kernels.teacher.pairs import pad_pairs, read_pairs, tokenize_pairs
-from dadpo_kernels.teacher.sampler import ShardSampler
 from examples.smollm2 import smollm2_dir, smollm2_hidden
 
 from .cases import DTYPES
@@ -131,58 +126,15 @@ def cache(pairs: int) -> dict:
         }
 
 
-def reader(pairs: int, per_step: int) -> dict:
-    with tempfile.TemporaryDirectory() as directory:
-        model, dataset, _ = captured(Path(directory), pairs)
-        loader = DataLoader(
-            dataset,
-            per_step,
-            sampler=ShardSampler(dataset),
-            num_workers=2,
-            collate_fn=PairCollator(0),
-            drop_last=True,
-            persistent_workers=True,
-        )
-        model.train()
-        waits, steps, tokens = [], [], []
-        for epoch in range(2):
-            batches = iter(loader)
-            for _ in range(len(loader)):
-                start = time.perf_counter()
-                batch = next(batches)
-                ready = time.perf_counter()
-                out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-                out.logits[batch["labels"] != -100].float().logsumexp(-1).mean().backward()
-                model.zero_grad()
-                if epoch:  # the first starts the workers and the libraries
-                    waits.append(ready - start)
-                    steps.append(time.perf_counter() - ready)
-                    tokens.append(int(batch["attention_mask"].sum()))
-        step, wait = statistics.mean(steps), statistics.mean(waits)
-        return {
-            "pairs_per_step": per_step,
-            "tokens_per_step": statistics.mean(tokens),
-            "step": step,
-            "wait": wait,
-            "share": wait / (step + wait),
-        }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("head", "cache", "reader"))
+    parser.add_argument("part", choices=("head", "cache"))
     parser.add_argument("--out", required=True, type=Path, help="JSON file; its other sections stay")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048], help="for head")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for head")
-    parser.add_argument("--pairs", type=int, default=16, help="for cache and reader")
+    parser.add_argument("--pairs", type=int, default=16, help="for cache")
     args = parser.parse_args()
-    result: list | dict
-    if args.part == "head":
-        result = head(args.tokens, DTYPES[args.dtype])
-    elif args.part == "cache":
-        result = cache(args.pairs)
-    else:
-        result = reader(args.pairs, 4)
+    result: list | dict = head(args.tokens, DTYPES[args.dtype]) if args.part == "head" else cache(args.pairs)
     sections = json.loads(args.out.read_text()) if args.out.exists() else {}
     section = f"head/{args.dtype}" if args.part == "head" else args.part
     sections[section] = {"environment": environment(torch.get_num_threads()), "result": result}

@@ -1,5 +1,6 @@
 """The cache's format: what is written is read back, and whatever is wrong is told by its own error."""
 
+import hashlib
 import itertools
 import json
 import pickle
@@ -286,6 +287,32 @@ def test_a_flipped_bit_anywhere_is_detected(finished, data):
             load_everything(finished)
     finally:
         path.write_bytes(original)
+
+
+@given(data=st.data())
+def test_a_damaged_shard_with_right_checksums_gives_a_cache_error_or_sane_values(finished, data):
+    """What a careless program writes: the reader must not trust a file because its checksum is right."""
+    path = finished / data.draw(st.sampled_from(["shard-00000.parquet", "reference/shard-00000.parquet"]))
+    manifest = path.with_name(MANIFEST)
+    originals = {file: file.read_bytes() for file in (path, manifest)}
+    content = bytearray(originals[path])
+    for _ in range(data.draw(st.integers(1, 3))):
+        # The end holds the schema and the places of the columns.
+        at = data.draw(st.integers(0, len(content) - 1) | st.integers(max(0, len(content) - 600), len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    edit(path.parent, lambda m: m["shards"][0].update(bytes=len(content), sha256=digest))
+    try:
+        for item in load_everything(finished):
+            for name in item.keys() - {"pair"}:
+                assert np.isfinite(item[name]).all() or "topk" in name
+                assert not np.isnan(item[name]).any()
+    except errors.CacheError:
+        pass
+    finally:
+        for file, original in originals.items():
+            file.write_bytes(original)
 
 
 ODD = [None, True, -1, 0, 1, 10**30, 1.5, float("nan"), "", "..", "0" * 64, [], [0], [None], {}, {"k": 1}]

@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="then score the pairs with this model too, as `dadpo reference` does",
     )
+    parser.add_argument("--reference-revision", metavar="REVISION", help="branch, tag or commit of that model")
     add_pass_arguments(parser)
     add_server_arguments(parser)
 
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.reference is not None:
         from . import reference
 
-        scoring = {"model": args.reference, "cache": args.out, "out": None, "revision": None, "gguf_file": None}
+        scoring = {"model": args.reference, "revision": args.reference_revision, "gguf_file": None}
+        scoring |= {"cache": args.out, "out": None}
         return reference.run(argparse.Namespace(**{**vars(args), **scoring}))
     return 0

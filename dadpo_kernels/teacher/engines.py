@@ -68,8 +68,8 @@ def capture_from_server(
             yield from _ask(executor, server, shard, answers, settings)
 
     manifest = write_teacher(tokenizer, data, directory, settings, server.model, score, progress=progress)
-    for path in started:
-        path.unlink()
+    for path in directory.glob(".answers-*"):  # a kill may have left those of a shard that was just written
+        path.unlink(missing_ok=True)
     return manifest
 
 

@@ -17,7 +17,8 @@ from .errors import AnswerError, ServerError
 
 T = TypeVar("T")
 _RETRIED = (408, 409, 425, 429)  # beside 5xx: the server asks for patience
-_LONGEST_WAIT = 60.0  # seconds
+_LONGEST_WAIT = 60.0  # seconds between attempts
+_LONGEST_CONNECT = 30.0  # seconds
 _BYTES_AN_ENTRY = 1024  # of JSON, many times what vLLM writes
 
 
@@ -59,7 +60,8 @@ class CompletionsServer:
         self._timeout, self._attempts, self._backoff = timeout, attempts, backoff
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx2.Limits(max_connections=None)
-        self._client = httpx2.Client(headers=headers, timeout=timeout, limits=limits)
+        patience = httpx2.Timeout(timeout, connect=min(timeout, _LONGEST_CONNECT))
+        self._client = httpx2.Client(headers=headers, timeout=patience, limits=limits)
         self.model = model or self._only_model()
 
     def score(

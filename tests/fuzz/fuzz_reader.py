@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what this package reads from others: caches, and answers of a server.
 
     pip install atheris
-    python -m tests.fuzz.fuzz_reader -max_total_time=60
+    python -m tests.fuzz.fuzz_reader -max_total_time=60 -len_control=0 -max_len=64
 
 Each input damages one file of a small cache and makes the manifest's sizes and checksums right again, as a careless
 program that writes caches would; or it is a server's answer. What comes back must be a typed error or sane numbers.
