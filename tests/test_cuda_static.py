@@ -61,7 +61,7 @@ def test_resources(arch):
         for name, registers, stack, shared, local in found:
             assert (stack, local) == ("0", "0"), name
             assert int(registers) <= 128, name  # of 65,536 for 512 threads
-            assert int(shared) <= 16 * 1024, name
+            assert int(shared) <= 17 * 1024, name  # of which the system may take 1 KiB
 
 
 @built

@@ -85,15 +85,19 @@ def test_without_any_compiler(sdist, tmp_path):
     wheel = build("build_wheel", sdist, tmp_path / "wheel", environment)
     check_contents(wheel, set())
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    # An editable install here may stand before PYTHONPATH.
     code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 import torch, dadpo_kernels as d
+assert d.__file__.startswith(sys.argv[1]), d.__file__
 from dadpo_kernels.cli import main
 out = d.linear_selected_logps(torch.ones(2, 3), torch.randn(5, 3), torch.tensor([1, 4]))
 assert out.label.isfinite().all()
 main(["doctor"])
 """
-    environment["PYTHONPATH"] = str(tmp_path / "installed")
-    command = [sys.executable, "-P", "-c", code]
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "installed")]
     text = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert "_cpu: not built; install g++ or clang++" in text
     assert "_cuda: not built; for NVIDIA GPUs, install the CUDA toolkit's nvcc" in text
