@@ -5,8 +5,10 @@ and options. Every measurement is a process of its own; the variants take turns.
 process's high-water mark is reset before each step, so that `peak_mib` is what a step needs above the model, its
 reference and the optimizer's state: activations, gradients and the head's workspace.
 
-    {"environment": {...}, "rows": [{variant, pairs, tokens, valid_tokens, seconds [per step], peak_mib [per step],
-     loss [per step]}, ...]}     one row per measurement; rows of an existing file stay
+    {"environment": {...}, "rows": [{variant, pairs, tokens, valid_tokens, seconds, cpu_seconds, peak_mib, loss}, ...]}
+
+one row per measurement, the last four lists with an entry per step; rows of an existing file stay. `cpu_seconds` are
+of both threads together: they tell a slow step from a machine that was busy with something else.
 """
 
 import argparse
@@ -49,16 +51,17 @@ def measure(variant: str, steps: int, pairs: int, model_dir: Path) -> dict[str, 
     config, make = (DaDPOConfig, DaDPOTrainer) if trainer == "ours" else (DPOConfig, DPOTrainer)
     records = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda r: -len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]))
-    row: dict[str, Any] = {"variant": variant, "pairs": pairs, "seconds": [], "peak_mib": []}
+    row: dict[str, Any] = {"variant": variant, "pairs": pairs, "seconds": [], "cpu_seconds": [], "peak_mib": []}
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             self.before = reset_high_water_mark()
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step > 1:
-                row["seconds"].append(time.perf_counter() - self.start)
+                row["seconds"].append(time.perf_counter() - self.start[0])
+                row["cpu_seconds"].append(time.process_time() - self.start[1])
                 row["peak_mib"].append(resident_mib("VmHWM") - self.before)
 
     with tempfile.TemporaryDirectory() as out:

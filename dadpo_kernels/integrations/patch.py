@@ -52,8 +52,8 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
     Called with `labels` (or `shift_labels`, already aligned), the model returns a `SelectedLogpsOutput`, which has no
     logits; `topk_ids [B, S, K]` (aligned as the output is) adds the log-probabilities of these ids and of the mass
     outside them, for distillation. Called without, it is the model it was, so generation is unchanged. Only this
-    instance is patched, not its class; PEFT may wrap it before or after. Where no label counts, the loss is 0 with
-    zero gradients (transformers gives NaN).
+    instance is patched, not its class; PEFT may wrap it before or after; a later patch replaces an earlier one. Where
+    no label counts, the loss is 0 with zero gradients (transformers gives NaN).
 
     Args:
         model: a causal LM of transformers, or one in a wrapper (PEFT, `torch.compile`, data parallelism).
@@ -83,15 +83,22 @@ def replace_forward(
     instead: Callable[[Any, Callable[..., Any], dict[str, Any]], Any],
 ) -> None:
     """Give the instance a forward that is `instead(self, its own forward, kwargs)` for the calls that are `wanted`."""
-    earlier = vars(causal).get("forward")  # that of accelerate's hooks, say
+    earlier = _instance_forward(causal)
 
     @functools.wraps(type(causal).forward)  # trainers and `generate` read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The class's forward is bound here, not outside, so that a deep copy of the model runs its own layers.
-        run = earlier or functools.partial(type(self).forward, self)
+        run = earlier or types.MethodType(type(self).forward, self)
         return instead(self, functools.partial(run, *args), kwargs) if wanted(kwargs) else run(*args, **kwargs)
 
+    forward.behind = earlier  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
+
+
+def _instance_forward(causal: Any) -> Callable[..., Any] | None:
+    """A forward that somebody gave the instance (accelerate's hooks do), or what was there before we did."""
+    forward = vars(causal).get("forward")
+    return getattr(forward, "behind", forward)
 
 
 def selected_forward(
@@ -190,7 +197,8 @@ def _check_loss(causal: Any, with_labels: Callable[..., SelectedLogpsOutput]) ->
     causal.eval()
     try:
         with torch.autocast(embedding.device.type, enabled=False):
-            own, ours = causal(**call).loss.item(), with_labels(causal, causal.forward, call).loss.item()
+            run = _instance_forward(causal) or types.MethodType(type(causal).forward, causal)
+            own, ours = run(**call).loss.item(), with_labels(causal, run, call).loss.item()
     finally:
         causal.train(training)
     allowed = max(8 * torch.finfo(embedding.dtype).eps, 1e-5) * max(1.0, abs(own))
