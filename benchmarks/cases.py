@@ -63,7 +63,9 @@ class Inputs(NamedTuple):
         return self._replace(hidden=self.hidden[:, part], labels=self.labels[:, part], teacher=teacher)
 
 
-def peaked_head(tokens: int, hidden_size: int, vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def peaked_head(
+    tokens: int, hidden_size: int, vocab_size: int, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """A random head and hidden states whose softmax is peaked as a trained model's is.
 
     Eight candidate tokens per position have logits near `s, s - 1, s - 2, ...` with `s ~ N(18, 3)`; all other logits
@@ -73,11 +75,12 @@ def peaked_head(tokens: int, hidden_size: int, vocab_size: int, seed: int = 0) -
     Returns:
         `hidden [tokens, hidden_size]`, `weight [vocab_size, hidden_size]` float32, `labels [tokens]` int64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5
-    candidates = torch.randint(vocab_size, (tokens, 8), generator=generator)
-    logits = 18 + 3 * torch.randn(tokens, 1, generator=generator) - torch.arange(8)
-    hidden = 1.5 * torch.randn(tokens, hidden_size, generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = {"generator": generator, "device": device}
+    weight = torch.randn(vocab_size, hidden_size, **drawn) / hidden_size**0.5
+    candidates = torch.randint(vocab_size, (tokens, 8), **drawn)
+    logits = 18 + 3 * torch.randn(tokens, 1, **drawn) - torch.arange(8, device=device)
+    hidden = 1.5 * torch.randn(tokens, hidden_size, **drawn)
     hidden += torch.einsum("nc,nch->nh", logits, weight[candidates])
     labels = candidates.gather(1, torch.multinomial(logits.softmax(-1), 1, generator=generator))[:, 0]
     return hidden, weight, labels

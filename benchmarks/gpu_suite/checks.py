@@ -1,0 +1,112 @@
+"""Values and gradients on the device against float64, with the memory that they come from poisoned beforehand.
+
+The tests' policy: an error may be three times that of full float32 logits from the same operands, plus roundings.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dadpo_kernels import linear_selected_logps
+from dadpo_kernels.backends import BACKENDS
+
+from .contenders import PLANS
+
+CASES = ("ragged", "offset +60", "offset -60", "no gradient", "softcap")
+
+
+def correctness(device: torch.device, many: tuple[int, int, int]) -> Iterator[dict]:
+    for backend, entry in BACKENDS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            if entry.obstacle(device, dtype) is not None:
+                continue
+            for plan, budget in PLANS.items():
+                row = {"backend": backend, "plan": plan, "dtype": str(dtype).removeprefix("torch.")}
+                for case in CASES:
+                    yield row | {"case": case} | compare(problem(case, device), dtype, backend, budget)
+        if entry.obstacle(device, torch.bfloat16) is None:
+            for plan, budget in PLANS.items():
+                row = {"backend": backend, "plan": plan, "dtype": "bfloat16", "case": "beyond 2^31 logits"}
+                yield row | compare_last_rows(device, many, backend, budget)
+
+
+def problem(case: str, device: torch.device) -> dict:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    rows, vocab, width = 203, 5003, 123 if case == "ragged" else 128
+    labels = torch.randint(vocab, (rows,), generator=generator, device=device)
+    ids = torch.randint(vocab, (rows, 17), generator=generator, device=device)
+    ids[::2, 0] = labels[::2]
+    labels[1::3] = -100
+    offset = {"offset +60": 60.0, "offset -60": -60.0}.get(case, 0.0)
+    return {
+        "tensors": {"hidden": randn(rows, width), "weight": randn(vocab, width) * 0.3, "bias": randn(vocab) + offset},
+        "labels": labels,
+        "topk_ids": ids,
+        "softcap": 20.0 if case == "softcap" else None,
+        "gradient": 0.0 if case == "no gradient" else 1.0,
+    }
+
+
+def evaluate(p: dict, dtype: torch.dtype, backend: str, budget: int | None) -> dict[str, Tensor]:
+    leaves = {name: t.detach().to(dtype, copy=True).requires_grad_() for name, t in p["tensors"].items()}
+    poison(p["labels"].device)
+    out = linear_selected_logps(
+        leaves["hidden"], leaves["weight"], p["labels"], p["topk_ids"], bias=leaves["bias"], softcap=p["softcap"],
+        backend=backend, memory_budget=budget,
+    )  # fmt: skip
+    generator = torch.Generator(p["labels"].device).manual_seed(1)
+    loss = sum((torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) * o).sum() for o in out)
+    poison(p["labels"].device)
+    (p["gradient"] * loss).backward()
+    return out._asdict() | {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+
+
+def poison(device: torch.device) -> None:
+    """What the allocator hands out next is full of NaN."""
+    torch.full((2**26 if device.type == "cuda" else 2**20,), torch.nan, device=device)
+
+
+def compare(p: dict, dtype: torch.dtype, backend: str, budget: int | None) -> dict:
+    rounded = p | {"tensors": {name: t.to(dtype) for name, t in p["tensors"].items()}}
+    got, again = (evaluate(rounded, dtype, backend, budget) for _ in range(2))
+    plain = evaluate(rounded, dtype, "reference", None)
+    exact = evaluate(rounded, torch.float64, "reference", None)
+    eps = torch.finfo(torch.float32).eps
+    worst, where = 0.0, ""
+    for name, want in exact.items():
+        scale = want.abs().max().clamp_min(1.0).item()
+        allowed = 3 * (plain[name].double() - want).abs().max().item() + 16 * eps * scale
+        allowed += torch.finfo(dtype).eps / 2 * scale if name.startswith("grad") else 0.0
+        share = (got[name].double() - want).abs().max().item() / allowed
+        if not share <= worst:  # NaN too
+            worst, where = share, name
+    same = all(torch.equal(got[name], again[name]) for name in got)
+    return {"error_over_allowed": worst, "worst": where, "repeatable": same, "ok": worst <= 1 and same}
+
+
+def compare_last_rows(device: torch.device, many: tuple[int, int, int], backend: str, budget: int) -> dict:
+    """Offsets beyond 32 bits: the last rows of a large problem, alone, must come out the same."""
+    rows, vocab, width = many
+    generator = torch.Generator(device).manual_seed(2)
+    weight = torch.randn(vocab, width, generator=generator, device=device).mul_(0.3).to(torch.bfloat16)
+    hidden = torch.randn(rows, width, generator=generator, device=device).to(torch.bfloat16)
+    labels = torch.randint(vocab, (rows,), generator=generator, device=device)
+
+    def run(part: slice, name: str) -> tuple[Tensor, Tensor]:
+        leaf = hidden[part].clone().requires_grad_()
+        out = linear_selected_logps(leaf, weight, labels[part], labels[part, None], backend=name, memory_budget=budget)
+        (out.label.sum() + out.tail.sum()).backward()
+        assert leaf.grad is not None
+        return out.label.detach(), leaf.grad.float()
+
+    last = slice(rows - 8, rows)
+    got, want = run(slice(0, rows), backend), run(last, "reference")
+    errors = [(a[-8:] - b).abs().max().item() for a, b in zip(got, want, strict=True)]
+    allowed = [1e-3, 2 * torch.finfo(torch.bfloat16).eps * want[1].abs().max().item()]
+    shares = [e / a for e, a in zip(errors, allowed, strict=True)]
+    return {"error_over_allowed": max(shares), "ok": all(share <= 1 for share in shares)}

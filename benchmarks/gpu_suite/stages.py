@@ -1,0 +1,231 @@
+"""The stages: generators of rows, ready to be cut off after any of them."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dadpo_kernels.backends import triton_, triton_tuning
+from dadpo_kernels.backends.tiled import Coefficients, Entries, Head, State
+from dadpo_kernels.backends.torch_ import wide_mm
+
+from ..cases import IGNORE_INDEX, peaked_head, with_teacher
+from ..variants import find_variant
+from .checks import correctness
+from .contenders import contenders
+from .timing import peak_bytes, seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    shapes: dict[str, tuple[int, int]]  # name: (H, V)
+    tokens: int  # valid ones
+    top_k: tuple[int, ...]
+    square: int  # of the product that measures the ceiling
+    copied: int  # bytes
+    many: tuple[int, int, int]  # N, V, H with N V > 2^31
+    pair_tokens: int  # of the end-to-end batch, half of them masked
+    repeats: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+FULL = Settings(
+    {
+        "Qwen2.5-0.5B": (896, 151_936),
+        "Llama-3-8B": (4096, 128_256),
+        "Qwen2.5-1.5B": (1536, 151_936),
+        "Gemma": (3072, 256_000),
+        "Vicuna-7B": (4096, 32_000),
+    },
+    8192, (0, 16, 128), 8192, 2**30, (16_384, 151_936, 64), 8192, 5,
+)  # fmt: skip
+TINY = Settings({"tiny": (64, 600)}, 32, (0, 4), 64, 2**16, (40, 600, 64), 64, 1)
+
+
+class Stage(NamedTuple):
+    run: Callable[[Settings], Iterator[dict]]
+    seconds: float
+
+
+def ceilings(s: Settings) -> Iterator[dict]:
+    source = torch.zeros(s.copied // 4, device=s.device)
+    target = torch.empty_like(source)
+    copy = seconds(s.device, lambda: target.copy_(source), s.repeats)
+    yield {"what": "copy", "bytes_per_second": 2 * s.copied / copy}
+    a = torch.randn(s.square, s.square, device=s.device).to(torch.bfloat16)
+    product = seconds(s.device, lambda: a @ a, s.repeats)
+    yield {"what": f"bfloat16 product, {s.square} cubed", "flops": 2 * s.square**3 / product}
+
+
+def check(s: Settings) -> Iterator[dict]:
+    return correctness(s.device, s.many)
+
+
+class Batch(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    topk_ids: Tensor | None
+
+
+def batch(s: Settings, width: int, vocab: int, top_k: int, masked: bool) -> Batch:
+    """`tokens` valid positions of a peaked head (see `benchmarks.cases`); masked: as many again without a label."""
+    hidden, weight, labels = peaked_head(s.tokens, width, vocab, device=s.device)
+    hidden, weight = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
+    ids = torch.randint(vocab, (s.tokens, top_k), device=s.device) if top_k else None
+    if ids is not None:
+        ids[:, 0] = labels
+    if masked:
+        hidden, labels = torch.cat([hidden, hidden]), torch.cat([labels, torch.full_like(labels, IGNORE_INDEX)])
+        ids = None if ids is None else torch.cat([ids, ids])
+    return Batch(hidden, weight, labels, ids)
+
+
+def table(s: Settings) -> Iterator[dict]:
+    """Forward, and forward with backward, of everyone; floors from the three products alone."""
+    for masked in (False, True):
+        for shape, (width, vocab) in list(s.shapes.items())[: 1 if masked else None]:
+            for top_k in s.top_k:
+                data = batch(s, width, vocab, top_k, masked)
+                for name, loss in contenders(s.device, data.hidden.dtype, top_k).items():
+                    row = {"shape": shape, "top_k": top_k, "masked": masked, "name": name}
+                    yield row | attempt(lambda: measured(s, loss, data))  # noqa: B023
+
+
+def measured(s: Settings, loss: Callable[..., Tensor], data: Batch) -> dict:
+    hidden, weight = data.hidden.clone().requires_grad_(), data.weight.clone().requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            loss(data.hidden, data.weight, data.labels, data.topk_ids)
+
+    def both() -> None:
+        hidden.grad = weight.grad = None
+        loss(hidden, weight, data.labels, data.topk_ids).backward()
+
+    both()
+    hidden.grad = weight.grad = None
+    peak = peak_bytes(s.device, both)
+    gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
+    unit = 2 * s.tokens * weight.numel()
+    times = {"forward": seconds(s.device, forward, s.repeats), "both": seconds(s.device, both, s.repeats)}
+    return {
+        "forward_seconds": times["forward"],
+        "both_seconds": times["both"],
+        "both_flops": 3 * unit / times["both"],  # the products that the task needs, whatever else was computed
+        "peak_bytes_above_gradients": None if peak is None else peak - gradients,
+    }
+
+
+def attempt(run: Callable[[], dict]) -> dict:
+    """What `run` returns, or the reason why it did not: a rival that fails costs its own row only."""
+    try:
+        return run()
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def products(s: Settings) -> Iterator[dict]:
+    """The three products of a tile, by width of the tile: what the choice of WORKSPACE rests on."""
+    for shape, (width, vocab) in s.shapes.items():
+        data = batch(s, width, vocab, 0, False)
+        total = torch.zeros(s.tokens, width, device=s.device)
+        for columns in dict.fromkeys(min(c, vocab) for c in (2048, 4096, 8192, 16_384, 32_768)):
+            tile, dz = data.weight[:columns], data.hidden.new_zeros(s.tokens, columns)
+            out = torch.empty_like(tile)
+            runs = {
+                "logits": lambda: wide_mm(data.hidden, tile.T),  # noqa: B023
+                "grad_hidden": lambda: triton_.accumulate(total, dz, tile),  # noqa: B023
+                "grad_weight": lambda: torch.mm(dz.T, data.hidden, out=out),  # noqa: B023
+            }
+            for name, run in runs.items():
+                time = seconds(s.device, run, s.repeats)
+                flops = 2 * s.tokens * columns * width / time
+                yield {"shape": shape, "columns": columns, "product": name, "seconds": time, "flops": flops}
+
+
+def sweep(s: Settings) -> Iterator[dict]:
+    """Every configuration of every fused kernel, on one tile."""
+    if triton_.obstacle(s.device, torch.bfloat16):
+        return
+    major = torch.cuda.get_device_properties(s.device).major
+    for shape, (width, vocab) in s.shapes.items():
+        data = batch(s, width, vocab, 64, False)
+        entries = Entries.merge(data.labels, data.topk_ids)
+        tiles = triton_.FusedTiles(data.hidden, Head(data.weight, None, 1.0, None, 1.0), entries)
+        columns = min(vocab, tiles.tile_columns(s.tokens, width, data.hidden.dtype))
+        state = State.new(s.tokens, 65, data.hidden)
+        zeros = torch.zeros_like(state.max)
+        coefficients = Coefficients(zeros, zeros, torch.zeros_like(state.selected))
+        runs = {
+            "statistics": lambda: tiles.statistics(0, columns, state, None),  # noqa: B023
+            "gradient": lambda: tiles.logit_gradient(0, columns, coefficients),  # noqa: B023
+        }
+        for kernel, run in runs.items():
+            for config in triton_tuning.candidates(kernel, major, data.hidden.dtype, width):
+                with mock.patch.object(triton_, "choose", lambda *_, c=config: c):
+                    row = {"shape": shape, "kernel": kernel, "config": list(config)}
+                    yield row | attempt(lambda: {"seconds": seconds(s.device, run, s.repeats)})  # noqa: B023
+
+
+def end_to_end(s: Settings) -> Iterator[dict]:
+    """The whole loss, DPO with the teacher's KL, against Liger's DPO, TRL's log-probabilities and full logits."""
+    width, vocab = next(iter(s.shapes.values()))
+    hidden, weight, labels = peaked_head(s.pair_tokens, width, vocab)
+    inputs = with_teacher(hidden.to(torch.bfloat16), weight.to(torch.bfloat16), labels, top_k=min(64, vocab // 2))
+    teacher = type(inputs.teacher)(*(t.to(s.device) for t in inputs.teacher))
+    moved = {k: v.to(s.device) for k, v in inputs._asdict().items() if k != "teacher"}
+    inputs = type(inputs)(**moved, teacher=teacher)
+    for name in ("recompute", "default", "retain", "liger", "trl-compacted", "dense"):
+        variant = find_variant(name)
+        for objective in variant.objectives:
+
+            def run(variant=variant, objective=objective) -> None:
+                h, w = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+                variant.loss(inputs._replace(hidden=h, weight=w), objective).backward()
+
+            row = {"name": variant.label, "objective": objective}
+            yield row | attempt(lambda: {"seconds": seconds(s.device, run, s.repeats)})
+            yield row | attempt(lambda: {"peak_bytes": peak_bytes(s.device, run)})
+
+
+STAGES = {
+    "ceilings": Stage(ceilings, 60),
+    "correctness": Stage(check, 120),
+    "table": Stage(table, 200),
+    "end_to_end": Stage(end_to_end, 60),
+    "products": Stage(products, 40),
+    "sweep": Stage(sweep, 60),
+}
+
+
+def run_stage(name: str, settings: Settings) -> None:
+    """Prints a line of JSON for each row."""
+    torch.manual_seed(0)
+    for row in STAGES[name].run(settings):
+        print(json.dumps(row), flush=True)
+
+
+def profile(s: Settings) -> str:
+    """The three kernels in which each backend spends most of a forward with backward."""
+    width, vocab = next(iter(s.shapes.values()))
+    data = batch(s, width, vocab, s.top_k[-1], False)
+    weight = data.weight.requires_grad_()
+    text = []
+    for name, loss in contenders(s.device, data.hidden.dtype, s.top_k[-1]).items():
+        if not name.startswith("dadpo-kernels"):
+            continue
+        loss(data.hidden, weight, data.labels, data.topk_ids).backward()
+        with torch.profiler.profile() as recorded:
+            loss(data.hidden, weight, data.labels, data.topk_ids).backward()
+        key = f"self_{s.device.type}_time_total"
+        text.append(f"{name}\n{recorded.key_averages().table(sort_by=key, row_limit=3)}")
+    return "\n".join(text)

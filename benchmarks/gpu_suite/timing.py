@@ -1,0 +1,40 @@
+"""Time and memory of one call."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(device: torch.device, run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call after one that warms up: on the device's own clock where it has one."""
+    run()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:
+    """What a call allocates at most above what was there, gradients included; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
