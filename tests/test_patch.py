@@ -197,6 +197,26 @@ def test_a_copy_of_a_patched_model_runs_its_own_layers():
     assert model(input_ids=ids, labels=ids).loss != before
 
 
+def test_a_later_patch_replaces_an_earlier_one():
+    model = patch(patch(tiny_llama(), memory_budget=0), backend="reference")
+    ids = torch.randint(3, 300, (1, 5))
+    out = model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(out.loss, tiny_llama()(input_ids=ids, labels=ids).loss)
+    assert vars(model)["forward"].behind is None
+
+
+def test_under_torch_compile():
+    model = tiny_llama()
+    ids = torch.randint(3, 300, (2, 5))
+    own, want = loss_and_grads(model, input_ids=ids, labels=ids)
+    patch(model)
+    out = torch.compile(model, backend="eager")(input_ids=ids, labels=ids)
+    torch.testing.assert_close(out.loss, own.loss)
+    model.zero_grad()
+    out.loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, want["lm_head.weight"], rtol=1e-4, atol=1e-6)
+
+
 def test_bfloat16_and_autocast():
     ids = torch.randint(3, 300, (2, 9))
     exact = tiny_llama()(input_ids=ids, labels=ids).loss.item()

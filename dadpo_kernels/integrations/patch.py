@@ -53,7 +53,8 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
     logits; `topk_ids [B, S, K]` (aligned as the output is) adds the log-probabilities of these ids and of the mass
     outside them, for distillation. Called without, it is the model it was, so generation is unchanged. Only this
     instance is patched, not its class; PEFT may wrap it before or after; a later patch replaces an earlier one. Where
-    no label counts, the loss is 0 with zero gradients (transformers gives NaN).
+    no label counts, the loss is 0 with zero gradients (transformers gives NaN). Under `torch.compile`, a call with
+    labels runs uncompiled.
 
     Args:
         model: a causal LM of transformers, or one in a wrapper (PEFT, `torch.compile`, data parallelism).
@@ -101,6 +102,7 @@ def _instance_forward(causal: Any) -> Callable[..., Any] | None:
     return getattr(forward, "behind", forward)
 
 
+@torch.compiler.disable  # Dynamo does not follow attributes that come and go
 def selected_forward(
     causal: Any,
     run: Callable[..., Any],
