@@ -24,9 +24,9 @@ def test_fused_kernels(chip):
         assert c.blocks >= 1
 
 
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: f"sm_{chip.capability}")
-def test_row_kernels(chip):
-    compiled = list(compile_rows(chip, torch.bfloat16, 4096, variant="bias, softcap"))
+def test_row_kernels():
+    """On one chip: these kernels have no matrix product, and registers hardly differ between chips."""
+    compiled = list(compile_rows(CHIPS[90], torch.bfloat16, 4096, variant="bias, softcap"))
     names = {c.kernel for c in compiled}
     assert names == {f"rows.{n}" for n in SMALL | {"statistics", "logit_gradient"}} | {"topk.select"}
     for c in compiled:
