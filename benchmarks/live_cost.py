@@ -1,7 +1,8 @@
-"""What the live plan costs and errs by, over chunk size and tolerance: `python -m benchmarks.live_cost --out DIR`.
+"""What the live plan costs and errs by, over chunk size and tolerance:
 
-On SmolLM2's head with its real hidden states, DPO and top-64 KL, against the exact plans of the same machine. Writes
-`live_cost.json` and `live_cost.png`:
+    python -m benchmarks.live_cost --out benchmarks/results/live_cost.json --plot docs/live_cost.png
+
+On SmolLM2's head with its real hidden states, DPO and top-64 KL, against the exact plans of the same machine. The JSON:
 
     {"environment", "tokens", "recompute": {seconds}, "retain": {seconds}, "rows": [{chunk, tolerance, seconds,
      hidden_grad_error, weight_grad_error (against the exact plan, relative), certificate, live_share, exact_share,
@@ -114,14 +115,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--calls", type=int, default=3, help="timed calls of each setting")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True, help="directory of live_cost.json and live_cost.png")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, required=True, help="PNG file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     inputs = load_inputs(args.inputs) if args.inputs else make_inputs("smollm2", DTYPES[args.dtype], TOKENS)
     result = {"environment": environment(args.threads), "tokens": int(inputs.valid.sum())} | study(inputs, args.calls)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "live_cost.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, args.out / "live_cost.png")
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_help_of_a_command_imports_nothing_heavy(command):
     assert "--model" in result.stdout
 
 
-@pytest.mark.parametrize(("word", "hint"), [("teach", "did you mean 'teacher'?"), ("xyz", "choose one of teacher,")])
+@pytest.mark.parametrize(("word", "hint"), [("teach", "did you mean 'teacher'?"), ("xyz", "choose one of pairs,")])
 def test_unknown_command_suggests_the_nearest(word, hint, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([word])
