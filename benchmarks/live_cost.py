@@ -2,7 +2,7 @@
 
     python -m benchmarks.live_cost --out benchmarks/results/live_cost.json --plot docs/live_cost.png
 
-On SmolLM2's head with its real hidden states, DPO and top-64 KL, against the exact plans of the same machine. The JSON:
+On SmolLM2's head with its real hidden states, DPO and top-64 KL, against the exact plans of the same machine. JSON:
 
     {"environment", "tokens", "recompute": {seconds}, "retain": {seconds}, "rows": [{chunk, tolerance, seconds,
      hidden_grad_error, weight_grad_error (against the exact plan, relative), certificate, live_share, exact_share,
