@@ -72,6 +72,7 @@ def test_shapes(record, expected):
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "there is no prompt"),
         ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "there is no prompt"),
+        ({"prompt": 7, "chosen": [user("a"), assistant("b")], "rejected": [user("a")]}, "prompt is a int"),
     ],
 )
 def test_other_shapes_are_refused(record, message):

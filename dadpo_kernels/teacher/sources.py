@@ -55,8 +55,8 @@ def as_pair(where: str, record: Any) -> dict[str, Any]:
     kept = {name: record[name] for name in _KEPT if record.get(name) is not None}
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = _shared(chosen, rejected)
-        whole = prompt is None or isinstance(prompt, str) or (bool(prompt) and shared[: len(prompt)] == prompt)
-        if whole:
+        begun = isinstance(prompt, list) and prompt != [] and shared[: len(prompt)] == prompt
+        if prompt is None or isinstance(prompt, str) or begun:
             if isinstance(prompt, str) and not any(_content(message) == prompt for message in shared):
                 raise ValueError(f"{where}: the prompt is in no message that chosen and rejected share")
             prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
@@ -66,7 +66,11 @@ def as_pair(where: str, record: Any) -> dict[str, Any]:
         prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
     if not prompt:
         raise ValueError(f"{where}: there is no prompt, and chosen and rejected do not begin with the same one")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **kept}
+    parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if {type(part) for part in parts.values()} not in ({str}, {list}):
+        given = ", ".join(f"{name} is a {type(part).__name__}" for name, part in parts.items())
+        raise ValueError(f"{where}: {given}; a pair has three strings, or three lists of messages")
+    return {**parts, **kept}
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
