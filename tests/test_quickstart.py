@@ -1,5 +1,6 @@
 """The quickstart's parts that take seconds: its pairs, the pruning, its measure, and the README's code."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
 from examples.quickstart.evaluate import evaluate
 from examples.quickstart.make_pairs import split
 from examples.quickstart.prune import DATA, DROPPED, drop_layers
+from examples.quickstart.run import captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,16 @@ def test_measure_against_dense(tmp_path):
     assert got["nll"] == pytest.approx(nll / tokens, rel=1e-2)  # the measure may run in bfloat16
     assert got["margin"] == pytest.approx(sum(margins) / 11, abs=3e-2)
     assert got["kl"] > 0.1
+
+
+def test_an_interrupted_capture_is_not_done(tmp_path):
+    pairs = tokenize_pairs(chat_records(3), tiny_tokenizer(), 64)
+    assert not captured(tmp_path / "cache", "teacher")
+    capture_teacher(tiny_llama(), tiny_tokenizer(), pairs, tmp_path / "cache", k=6)
+    assert captured(tmp_path / "cache", "teacher")
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"shards": []}))
+    assert not captured(tmp_path / "cache", "teacher")
 
 
 @pytest.mark.parametrize("name", ["sft", "dadpo"])

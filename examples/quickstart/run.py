@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 from dadpo_kernels.cli import main as dadpo
+from dadpo_kernels.teacher.errors import CacheError
+from dadpo_kernels.teacher.shards import REFERENCE, read_complete
 from examples.quickstart.evaluate import ROWS, evaluate
 from examples.quickstart.plots import plot
 from examples.quickstart.precision import bfloat16_is_fast
@@ -24,15 +26,24 @@ HERE = Path(__file__).parent
 K = "32"
 
 
-def command(done: Path, *arguments: object) -> None:
-    """Prints and runs `dadpo ARGUMENTS`, unless `done` exists."""
+def command(done: bool, *arguments: object) -> None:
+    """Prints and runs `dadpo ARGUMENTS`, unless it is done."""
     words = [str(a) for a in arguments]
-    if done.exists():
-        print(f"\n# {done} is there: skipping dadpo {words[0]}")
+    if done:
+        print(f"\n# done before: dadpo {' '.join(words)}")
         return
     print(f"\n$ dadpo {' '.join(words)}", flush=True)
     if dadpo(words):
         raise SystemExit(f"dadpo {words[0]} failed; run it again to go on")
+
+
+def captured(directory: Path, kind: str) -> bool:
+    """Whether a cache is complete: a capture that was interrupted left one that is not."""
+    try:
+        read_complete(directory, kind, verify=False)
+    except CacheError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -58,11 +69,22 @@ def main() -> None:
     sft, student = out / "sft", out / "dadpo"
     caches = ["--cache", out / "cache-train", "--eval_cache", out / "cache-heldout"]
     options = [*caches, *trained, *longer]
-    command(sft / "config.json", "train", HERE / "sft.yaml", "--model", pruned, "--output_dir", sft, *options)
+    command(
+        (sft / "config.json").exists(), "train", HERE / "sft.yaml", "--model", pruned, "--output_dir", sft, *options
+    )
     for name in ("train", "heldout"):
         cache = out / f"cache-{name}"
-        command(cache / "reference" / "manifest.json", "reference", "--model", sft, "--cache", cache, *frozen)
-    command(student / "config.json", "train", HERE / "dadpo.yaml", "--model", sft, "--output_dir", student, *options)
+        command(captured(cache / REFERENCE, "reference"), "reference", "--model", sft, "--cache", cache, *frozen)
+    command(
+        (student / "config.json").exists(),
+        "train",
+        HERE / "dadpo.yaml",
+        "--model",
+        sft,
+        "--output_dir",
+        student,
+        *options,
+    )
 
     models = {"teacher": teacher, "pruned": pruned, "after SFT": sft, "after daDPO": student}
     results = {name: evaluate(path, out / "cache-heldout") for name, path in models.items()}
