@@ -62,7 +62,17 @@ def main() -> None:
         cache = out / f"cache-{name}"
         data = DATA / f"{name}.jsonl"
         command(
-            cache / "manifest.json", "teacher", "--model", teacher, "--data", data, "--out", cache, "--k", K, *frozen
+            captured(cache, "teacher"),
+            "teacher",
+            "--model",
+            teacher,
+            "--data",
+            data,
+            "--out",
+            cache,
+            "--k",
+            K,
+            *frozen,
         )
 
     longer = ["--num_train_epochs", "3"] if args.full else []
