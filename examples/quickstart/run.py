@@ -1,6 +1,6 @@
 """The main job on real input: prune a model, restore it from its teacher, and measure on held-out pairs.
 
-    make quickstart            # about 8 minutes on 2 cores
+    make quickstart            # about 8 minutes on 2 cores with bfloat16 instructions, longer without
     make quickstart FULL=1     # more passes over the data
 
 Every step is a command or a public function that works the same on a large model; this file only strings them
