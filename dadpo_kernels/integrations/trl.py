@@ -102,8 +102,8 @@ class DaDPOTrainer(DPOTrainer):
     reference model, and none is loaded; else TRL's is used (a copy of the model, a given `ref_model`, or with PEFT the
     model without its adapter). The teacher's terms need caches.
 
-    The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches and processes:
-    micro-batches with few tokens do not count more. TRL's own terms are means over pairs, as in TRL. Further metrics:
+    The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches (tested) and
+    processes (not tested yet): micro-batches with few tokens do not count more. TRL's own terms are means over pairs, as in TRL. Further metrics:
     `distill/kl`, `distill/teacher_mass` and `distill/student_mass` (the masses of the top-k), means over tokens.
 
     Raises:
