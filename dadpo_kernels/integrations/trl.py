@@ -103,7 +103,8 @@ class DaDPOTrainer(DPOTrainer):
     model without its adapter). The teacher's terms need caches.
 
     The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches (tested) and
-    processes (not tested yet): micro-batches with few tokens do not count more. TRL's own terms are means over pairs, as in TRL. Further metrics:
+    processes (not tested yet): micro-batches with few tokens do not count more. TRL's own terms are means over pairs,
+    as in TRL. Further metrics:
     `distill/kl`, `distill/teacher_mass` and `distill/student_mass` (the masses of the top-k), means over tokens.
 
     Raises:
