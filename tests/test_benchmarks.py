@@ -11,7 +11,7 @@ from benchmarks.cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, load_inputs, 
 from benchmarks.floor import measure_floor, products
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients, relative_error
-from benchmarks.run import child, describe, gradient_mib, row
+from benchmarks.run import child, describe, gradient_mib, ratios, row
 from benchmarks.variants import BETA, OBJECTIVES, VARIANTS, find_variant
 
 # The maths of Liger and Cut Cross Entropy without waiting for their compilation.
@@ -109,6 +109,10 @@ def test_every_arrangement_of_the_floor_does_its_product(inputs):
     assert all(product["seconds"] > 0 for product in best.values())
 
 
+def test_a_call_is_compared_with_the_floor_around_it():
+    assert ratios({"seconds": [3.0, 3.0], "floor_seconds": [1.0, 2.0, 4.0]}) == [2.0, 1.0]
+
+
 def test_unknown_variants_and_objectives_are_refused(inputs):
     with pytest.raises(ValueError, match=r"variant 'libra' is unknown: use one of recompute"):
         find_variant("libra")
@@ -121,14 +125,14 @@ def results(inputs, tmp_path_factory):
     """A results file as `benchmarks.run` writes it, from two variants really measured in processes of their own."""
     path = tmp_path_factory.mktemp("inputs") / "inputs.pt"
     save_inputs(inputs, path)
-    floors = [child(path, "floor", 1, 1)]
+    floor = child(path, "floor", 1, 1)
+    arrangements = {product: best["arrangement"] for product, best in floor.items()}
     rows = [
         row(
             name,
             objective,
             inputs,
-            [measure(name, objective, inputs, 1, float64_gradients(inputs, objective))],
-            floors,
+            [measure(name, objective, inputs, 1, float64_gradients(inputs, objective), arrangements)],
         )
         for name, objective in (
             ("recompute", "dpo"),
@@ -137,12 +141,13 @@ def results(inputs, tmp_path_factory):
             ("torch-lce", "ce"),
         )
     ]
-    dense = child(path, "dense", 1, 2, "--objective", "dpo+kl")
+    dense = child(path, "dense", 1, 2, "--objective", "dpo+kl", "--floor", json.dumps(arrangements))
     assert len(dense["seconds"]) == 2
+    assert len(dense["floor_seconds"]) == 3
     assert dense["peak_mib"] >= 0
     section = describe("smollm2", "float32", inputs, threads=1)
-    floor_seconds = sum(product["seconds"] for product in floors[0].values())
-    comparison = section | {"floor": floors, "floor_seconds": floor_seconds, "rows": rows}
+    floor_seconds = sum(product["seconds"] for product in floor.values())
+    comparison = section | {"floor": floor, "floor_seconds": floor_seconds, "rows": rows}
     point = {"peak_mib": 2.0, "gradient_mib": gradient_mib(inputs), "logits_mib": 5.0}
     memory = [{"tokens": tokens, "variant": name, **point} for name in ("recompute", "default") for tokens in (8, 16)]
     budget = [{"memory_budget": 2**20 * i, "seconds": [1.0 / (i + 1)], "peak_mib": 3.0} for i in range(3)]
