@@ -1,9 +1,9 @@
 """Run the comparison: `python -m benchmarks.run --device cpu --out benchmarks/results/cpu.json`.
 
 Every variant runs in a process of its own with the same number of threads; in each repeat all of them take their turn
-(A, B, C, A, B, C, ...), and between its calls a process times the floor (floor, call, floor, call, floor), so a machine
-that slows down for a while slows both. The ratio of a variant is the median, over all its calls, of the call's time to
-the mean of the floor's before and after it.
+(A, B, C, A, B, C, ...), and between its calls a process times the floor (floor, call, floor, call, floor), so a
+machine that slows down for a while slows both. The ratio of a variant is the median, over all its calls, of the call's
+time to the mean of the floor's before and after it.
 
 `--scaling` measures this package alone instead: peak memory against the number of tokens, and time against
 `memory_budget`. Both kinds of result go to the same file, one section per case and dtype; a section measured again is
@@ -18,12 +18,13 @@ The file (times in seconds, memory in MiB above the inputs, of which the returne
       case, dtype, hidden_size, vocab_size, tokens, valid_tokens, gradient_mib
       peakedness    label_probability, topk_mass: means over the valid tokens
     comparison adds
-      floor         {logits|dhidden|dweight: {seconds, arrangement}}, the fastest arrangements, which all processes time
+      floor         {logits|dhidden|dweight: {seconds, arrangement}}: the fastest arrangements, which all time
       floor_seconds median over all processes of the sum of the three
       rows          [{variant, label, objective, ours, frozen, ratio, seconds [[per call] per repeat], floor_seconds
-                    [[before, between and after them] per repeat], peak_mib [per repeat], loss, loss_error, hidden_grad_error, weight_grad_error (against float64, relative but for
-                    the loss; null where there is no such gradient), gflops}], gflops counting only the products that
-                    the task needs on valid tokens (three, or two for a frozen head)
+                    [[before, between and after them] per repeat], peak_mib [per repeat], loss, loss_error,
+                    hidden_grad_error, weight_grad_error (against float64, relative but for the loss; null where there
+                    is no such gradient), gflops}], gflops counting only the products that the task needs on valid
+                    tokens (three, or two for a frozen head)
     scaling adds
       memory        [{tokens, variant, peak_mib, gradient_mib, logits_mib}], logits_mib being one float32 [valid, V]
       budget        [{memory_budget, seconds [per call], peak_mib}], and full_budget, the bytes that retain all
