@@ -23,7 +23,7 @@ from examples.quickstart.prune import DATA
 
 from .measures import likelihood, preference_rate, sample, texture
 from .settings import METHODS, SETTINGS, TUNING_SEED, Point
-from .stages import Stage, load, prepare, prompts, train
+from .stages import Stage, load, prepare, train
 
 
 class Run(NamedTuple):
@@ -54,7 +54,7 @@ def execute(run: Run, stage: Stage) -> dict[str, Any]:
     model = load(getattr(stage, run.method) if run.method in ("teacher", "pruned") else stage.sft)
     begin = time.perf_counter()
     if run.method in METHODS:
-        pairs: Any = stage.training()
+        pairs: Any = stage.pairs("train")
         generator = torch.Generator().manual_seed(run.seed)
         chosen = torch.randperm(len(pairs), generator=generator)[: setting.pairs].tolist()
         train(
@@ -64,25 +64,24 @@ def execute(run: Run, stage: Stage) -> dict[str, Any]:
         )  # fmt: skip
     trained = time.perf_counter()
     if run.seed == TUNING_SEED:
-        figures = measure(model, stage.validation())
+        figures = measure(model, stage.pairs("validation"))
     else:
-        figures = measure(model, stage.dataset("heldout")) | answers(run, model, tokenizer, stage)
+        figures = measure(model, stage.pairs("heldout")) | answers(run, model, tokenizer, stage)
     seconds = {"training_seconds": trained - begin, "measuring_seconds": time.perf_counter() - trained}
     return run._asdict() | {"point": run.point._asdict(), "figures": figures} | seconds
 
 
 def answers(run: Run, model: Any, tokenizer: Any, stage: Stage) -> dict[str, float]:
     """What the held-out prompts make the model say, and what its teacher thinks of that."""
-    asked = prompts("heldout")
+    records = read_pairs(DATA / "heldout.jsonl", stage.setting.heldout)
+    asked = [record["prompt"] for record in records]
     path = stage.runs / f"{run.name}-answers.jsonl"
     said = sample(model, tokenizer, asked, path, stage.setting.max_new_tokens, seed=run.seed)
-    del model
-    teacher = load(stage.teacher)
-    own = [record["chosen"][0]["content"] for record in read_pairs(DATA / "heldout.jsonl")]
-    students, lengths = likelihood(teacher, tokenizer, asked, said)
-    teachers, _ = likelihood(teacher, tokenizer, asked, own)
+    heldout: Any = stage.pairs("heldout")
+    own = torch.tensor([heldout[i]["chosen_label_logps"].mean() for i in range(len(asked))])
+    students, lengths = likelihood(load(stage.teacher), tokenizer, asked, said)
     return {
-        "preference_rate": preference_rate(students, teachers),
+        "preference_rate": preference_rate(students, own),
         "teacher_logp": students.mean().item(),
         "answer_tokens": lengths.double().mean().item(),
         **texture(said),

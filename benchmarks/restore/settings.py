@@ -54,20 +54,21 @@ METHODS = {
 @dataclass(frozen=True)
 class Setting:
     """`pairs` training pairs, `epochs` times over in batches of `batch` pairs; final runs with the seeds 1 to
-    `seeds`."""
+    `seeds`, measured on the first `heldout` prompts."""
 
     pairs: int
     epochs: int
     batch: int
     seeds: int
+    heldout: int
+    validation: int  # of the training pairs: no run is trained on them, all tuning is judged by them
     max_new_tokens: int = 80
     k: int = 32
 
 
 TUNING_SEED = 0
-VALIDATION_PAIRS = 32  # of the training pairs: no run is trained on them, all tuning is judged by them
 SETTINGS = {
-    "cpu": Setting(pairs=64, epochs=1, batch=4, seeds=3),
-    "gpu": Setting(pairs=243, epochs=3, batch=8, seeds=5),
-    "smoke": Setting(pairs=4, epochs=1, batch=2, seeds=1, max_new_tokens=4, k=4),
+    "cpu": Setting(pairs=32, epochs=1, batch=2, seeds=3, heldout=28, validation=16),
+    "gpu": Setting(pairs=243, epochs=3, batch=8, seeds=5, heldout=56, validation=32),
+    "smoke": Setting(pairs=2, epochs=1, batch=2, seeds=1, heldout=2, validation=2, max_new_tokens=4),
 }

@@ -17,7 +17,7 @@ from examples.quickstart.precision import bfloat16_is_fast
 from examples.quickstart.prune import DATA, prune
 from examples.smollm2 import smollm2_dir
 
-from .settings import SETTINGS, VALIDATION_PAIRS, Setting
+from .settings import SETTINGS, Setting
 
 SPLITS = ("train", "heldout")
 
@@ -52,26 +52,18 @@ class Stage:
     def cache(self, split: str) -> Path:
         return self.out / f"cache-{split}"
 
-    def dataset(self, split: str) -> PairDataset:
-        return PairDataset(self.cache(split))
-
-    def training(self) -> Dataset:
-        """The training pairs but for the validation pairs."""
-        pairs = self.dataset("train")
-        return Subset(pairs, range(len(pairs) - VALIDATION_PAIRS))
-
-    def validation(self) -> Dataset:
-        pairs = self.dataset("train")
-        return Subset(pairs, range(len(pairs) - VALIDATION_PAIRS, len(pairs)))
+    def pairs(self, split: str) -> Dataset:
+        """`heldout`; and of the training pairs, `validation` and, all others, `train`."""
+        if split == "heldout":
+            return Subset(PairDataset(self.cache("heldout")), range(self.setting.heldout))
+        pairs = PairDataset(self.cache("train"))
+        edge = len(pairs) - self.setting.validation
+        return Subset(pairs, range(edge) if split == "train" else range(edge, len(pairs)))
 
 
 def load(path: Path) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model.to("cuda") if torch.cuda.is_available() else model
-
-
-def prompts(split: str) -> list[Any]:
-    return [record["prompt"] for record in read_pairs(DATA / f"{split}.jsonl")]
 
 
 def train(model: Any, tokenizer: Any, pairs: Dataset, out: Path, seed: int, **options: Any) -> None:
@@ -90,14 +82,13 @@ def prepare(stage: Stage) -> None:
     prune(stage.teacher, stage.pruned)
     teacher = load(stage.teacher)
     for split in SPLITS:
-        pairs = tokenize_pairs(read_pairs(DATA / f"{split}.jsonl"), tokenizer)
-        capture_teacher(teacher, tokenizer, pairs, stage.cache(split), k=stage.setting.k, progress=True)
+        found = tokenize_pairs(read_pairs(DATA / f"{split}.jsonl"), tokenizer)
+        capture_teacher(teacher, tokenizer, found, stage.cache(split), k=stage.setting.k, progress=True)
     if not (stage.sft / "config.json").exists():
         student = load(stage.pruned)
-        pairs = Subset(stage.training(), range(stage.setting.pairs)) if stage.setting.pairs < 64 else stage.training()
         train(
-            student, tokenizer, pairs, stage.out / "logs-sft", seed=0, sft_weight=1.0, learning_rate=3e-4,
-            num_train_epochs=1, per_device_train_batch_size=8,
+            student, tokenizer, stage.pairs("train"), stage.out / "logs-sft", seed=0, sft_weight=1.0,
+            learning_rate=3e-4, num_train_epochs=1, per_device_train_batch_size=8,
         )  # fmt: skip
         student.save_pretrained(stage.sft)
     reference = load(stage.sft)
