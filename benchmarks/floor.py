@@ -65,6 +65,17 @@ def measure_floor(hidden: Tensor, weight: Tensor, calls: int) -> dict[str, dict]
     return best
 
 
+def arranged(hidden: Tensor, weight: Tensor, arrangements: dict[str, str]) -> Callable[[], None]:
+    """The three products, one after the other, each in its arrangement of `{product: name}`."""
+    runs = [run for product, name, run in products(hidden, weight) if arrangements[product] == name]
+
+    def floor() -> None:
+        for run in runs:
+            run()
+
+    return floor
+
+
 def timed(run: Callable[[], object]) -> float:
     """Wall-clock seconds of one call."""
     start = time.perf_counter()

@@ -5,7 +5,8 @@ The order of events keeps the figures apart:
 1. a call on 16 positions per sequence: imports, library start-up and compilation happen here, charged to nobody;
 2. one call on the whole inputs, whose peak memory is taken: the growth of the process's resident set over what it was
    with the inputs loaded, by the kernel's own high-water mark, so gradients and every library's workspace count;
-3. `--calls` timed calls, forward and backward.
+3. `--calls` timed calls, forward and backward, with the floor's three products timed before, between and after them:
+   on a machine whose speed drifts, a call is compared with its own neighbours.
 
 One line of JSON goes to standard output. `benchmarks.run` starts these processes in turn.
 """
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .cases import Inputs, load_inputs
-from .floor import measure_floor, timed
+from .floor import arranged, measure_floor, timed
 from .oracle import relative_error
 from .variants import find_variant
 
@@ -45,13 +46,23 @@ def reset_high_water_mark() -> float:
     return resident_mib("VmRSS")
 
 
-def measure(name: str, objective: str, inputs: Inputs, calls: int, exact: dict[str, Tensor] | None = None) -> dict:
+def measure(
+    name: str,
+    objective: str,
+    inputs: Inputs,
+    calls: int,
+    exact: dict[str, Tensor] | None = None,
+    floor: dict[str, str] | None = None,
+) -> dict:
     """Peak memory, seconds per call and, where `exact` (of `benchmarks.oracle`) is given, errors of one variant.
+
+    Args:
+        floor: `{product: arrangement}`, to time the floor as well.
 
     Returns:
         `peak_mib`, `first_seconds` (of the call whose memory was taken), `seconds` (of the others), `loss`; with
-        `exact` also `loss_error` (absolute), `hidden_grad_error` and `weight_grad_error` (relative, None for a frozen
-        head).
+        `floor` also `floor_seconds`, one more than calls; with `exact` also `loss_error` (absolute),
+        `hidden_grad_error` and `weight_grad_error` (relative, None for a frozen head).
     """
     variant = find_variant(name)
     if objective not in variant.objectives:
@@ -78,8 +89,15 @@ def measure(name: str, objective: str, inputs: Inputs, calls: int, exact: dict[s
             None if weight_grad is None else relative_error(weight_grad, exact["weight_grad"])
         )
     del loss, hidden_grad, weight_grad
-    result["seconds"] = [timed(lambda: step(inputs)) for _ in range(calls)]
-    return result
+    if floor is None:
+        return result | {"seconds": [timed(lambda: step(inputs)) for _ in range(calls)]}
+    products = arranged(inputs.hidden.flatten(0, 1)[inputs.valid], inputs.weight, floor)
+    products()  # its memory is written once before it is timed
+    seconds, floors = [], [timed(products)]
+    for _ in range(calls):
+        seconds.append(timed(lambda: step(inputs)))
+        floors.append(timed(products))
+    return result | {"seconds": seconds, "floor_seconds": floors}
 
 
 def main() -> None:
@@ -89,13 +107,16 @@ def main() -> None:
     parser.add_argument("--objective", help="what to compute; not used by the floor")
     parser.add_argument("--calls", type=int, default=2, help="timed calls")
     parser.add_argument("--exact", type=Path, help="file written by benchmarks.oracle.save_gradients: report errors")
+    parser.add_argument(
+        "--floor", type=json.loads, help="JSON {product: arrangement}: time the floor beside the calls"
+    )
     args = parser.parse_args()
     inputs = load_inputs(args.inputs)
     if args.variant == "floor":
         result = measure_floor(inputs.hidden.flatten(0, 1)[inputs.valid], inputs.weight, args.calls)
     else:
         exact = None if args.exact is None else load_file(args.exact)
-        result = measure(args.variant, args.objective, inputs, args.calls, exact)
+        result = measure(args.variant, args.objective, inputs, args.calls, exact, args.floor)
     print(json.dumps(result))
 
 

@@ -1,12 +1,13 @@
 """Run the comparison: `python -m benchmarks.run --device cpu --out benchmarks/results/cpu.json`.
 
 Every variant runs in a process of its own with the same number of threads; in each repeat all of them take their turn
-(floor, A, B, C, floor, A, B, C, ...), so a machine that slows down for a while slows all of them. The ratio of a
-variant is the median over repeats of its median time in that repeat over the floor's in the same repeat.
+(A, B, C, A, B, C, ...), and between its calls a process times the floor (floor, call, floor, call, floor), so a
+machine that slows down for a while slows both. The ratio of a variant is the median, over all its calls, of the call's
+time to the mean of the floor's before and after it.
 
 `--scaling` makes the sweeps of `benchmarks.scaling` instead: time and memory over tokens, vocabulary, K and options.
 Both kinds of result go to the same file, one section per case and dtype or per sweep; a section measured again is
-replaced, the others stay.
+replaced, the others stay; an interrupted sweep goes on at its next point.
 
 The file (times in seconds, memory in MiB above the inputs, of which the returned gradients are `gradient_mib`):
 
@@ -16,12 +17,13 @@ The file (times in seconds, memory in MiB above the inputs, of which the returne
       environment   cpu, threads, memory_gib, python, platform, versions {package: version}, commit, date
       case, dtype, hidden_size, vocab_size, tokens, valid_tokens, gradient_mib
       peakedness    label_probability, topk_mass: means over the valid tokens
-      floor         [{logits|dhidden|dweight: {seconds, arrangement}}, ...] one per repeat
-      floor_seconds median over repeats of the sum of the three
-      rows          [{variant, label, objective, ours, frozen, ratio, seconds [[per call] per repeat], peak_mib [per
-                    repeat], loss, loss_error, hidden_grad_error, weight_grad_error (against float64, relative but for
-                    the loss; null where there is no such gradient), gflops}], gflops counting only the products that
-                    the task needs on valid tokens (three, or two for a frozen head)
+      floor         {logits|dhidden|dweight: {seconds, arrangement}}: the fastest arrangements, which all time
+      floor_seconds median over all processes of the sum of the three
+      rows          [{variant, label, objective, ours, frozen, ratio, seconds [[per call] per repeat], floor_seconds
+                    [[before, between and after them] per repeat], peak_mib [per repeat], loss, loss_error,
+                    hidden_grad_error, weight_grad_error (against float64, relative but for the loss; null where there
+                    is no such gradient), gflops}], gflops counting only the products that the task needs on valid
+                    tokens (three, or two for a frozen head)
 """
 
 import argparse
@@ -35,7 +37,7 @@ import torch
 from .cases import CASES, DTYPES, Inputs, make_inputs, peakedness, save_inputs
 from .oracle import save_gradients
 from .process import child, environment, log
-from .scaling import SWEEPS, make_sweep
+from .scaling import HIDDEN_SIZE, SWEEPS, new_points
 from .variants import VARIANTS, find_variant
 
 TOKENS = 2_048
@@ -51,33 +53,36 @@ def compare(inputs: Inputs, only: list[str], repeats: int, calls: int, threads: 
         log(f"float64 gradient of {objective}")
         save_gradients(inputs, objective, path)
 
-    floors, measured = [], {job: [] for job in jobs}  # type: tuple[list[dict], dict[tuple[str, str], list[dict]]]
+    floor = child(stored, "floor", threads, calls)
+    arrangements = json.dumps({product: best["arrangement"] for product, best in floor.items()})
+    log(f"floor {sum(best['seconds'] for best in floor.values()):.3f} s")
+    measured: dict[tuple[str, str], list[dict]] = {job: [] for job in jobs}
     for repeat in range(repeats):
-        floors.append(child(stored, "floor", threads, calls))
-        floor = floor_seconds(floors[-1])
-        log(f"repeat {repeat + 1} of {repeats}: floor {floor:.3f} s")
+        log(f"repeat {repeat + 1} of {repeats}")
         for (name, objective), results in measured.items():
-            options = ["--objective", objective] + (["--exact", str(exact[objective])] if repeat == 0 else [])
+            options = ["--objective", objective, "--floor", arrangements]
+            options += ["--exact", str(exact[objective])] if repeat == 0 else []
             results.append(child(stored, name, threads, calls, *options))
-            seconds = statistics.median(results[-1]["seconds"])
-            log(
-                f"  {name:14} {objective:7} {seconds:7.3f} s {seconds / floor:6.2f} {results[-1]['peak_mib']:7.0f} MiB"
-            )
+            seconds, ratio = statistics.median(results[-1]["seconds"]), statistics.median(ratios(results[-1]))
+            log(f"  {name:14} {objective:7} {seconds:7.3f} s {ratio:6.2f} {results[-1]['peak_mib']:7.0f} MiB")
 
+    floors = [seconds for results in measured.values() for result in results for seconds in result["floor_seconds"]]
     return {
-        "floor": floors,
-        "floor_seconds": statistics.median(map(floor_seconds, floors)),
-        "rows": [row(name, objective, inputs, results, floors) for (name, objective), results in measured.items()],
+        "floor": floor,
+        "floor_seconds": statistics.median(floors),
+        "rows": [row(name, objective, inputs, results) for (name, objective), results in measured.items()],
     }
 
 
-def floor_seconds(floor: dict[str, dict]) -> float:
-    return sum(product["seconds"] for product in floor.values())
+def ratios(result: dict) -> list[float]:
+    """Of each call: its time over the mean of the floor's before and after it."""
+    floors = result["floor_seconds"]
+    return [t / statistics.mean(floors[i : i + 2]) for i, t in enumerate(result["seconds"])]
 
 
-def row(name: str, objective: str, inputs: Inputs, results: list[dict], floors: list[dict]) -> dict:
+def row(name: str, objective: str, inputs: Inputs, results: list[dict]) -> dict:
     variant = find_variant(name)
-    per_repeat = [statistics.median(result["seconds"]) for result in results]
+    calls = [seconds for result in results for seconds in result["seconds"]]
     flops = (2 if variant.frozen else 3) * 2 * int(inputs.valid.sum()) * inputs.weight.numel()
     errors = ("loss", "loss_error", "hidden_grad_error", "weight_grad_error")
     return {
@@ -86,9 +91,10 @@ def row(name: str, objective: str, inputs: Inputs, results: list[dict], floors: 
         "objective": objective,
         "ours": variant.ours,
         "frozen": variant.frozen,
-        "ratio": statistics.median(t / floor_seconds(f) for t, f in zip(per_repeat, floors, strict=True)),
-        "gflops": flops / statistics.median(per_repeat) / 1e9,
+        "ratio": statistics.median(ratio for result in results for ratio in ratios(result)),
+        "gflops": flops / statistics.median(calls) / 1e9,
         "seconds": [result["seconds"] for result in results],
+        "floor_seconds": [result["floor_seconds"] for result in results],
         "peak_mib": [result["peak_mib"] for result in results],
         **{key: results[0][key] for key in errors},
     }
@@ -132,7 +138,7 @@ def main() -> None:
         nargs="*",
         choices=SWEEPS,
         metavar="SWEEP",
-        help=f"make sweeps instead, but those that the file has from this commit and machine: {', '.join(SWEEPS)}",
+        help=f"make sweeps (default: {', '.join(SWEEPS)}); points that the file has from this commit and machine stay",
     )
     parser.add_argument("--out", type=Path, help="JSON file to write or to update (default: standard output)")
     args = parser.parse_args()
@@ -141,17 +147,20 @@ def main() -> None:
 
     def keep(kind: str, name: str, section: dict) -> None:
         results.setdefault(kind, {})[name] = section
-        if args.out:  # after every section: a long run that is interrupted keeps what it has
+        if args.out:  # after every piece: a long run that is interrupted keeps what it has
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(results, indent=1) + "\n")
 
     if args.scaling is not None:
         for name in args.scaling or SWEEPS:
+            section = results.get("scaling", {}).get(name)
             here = environment(args.threads)
-            if same_place(results.get("scaling", {}).get(name), here):
-                log(f"{name}: measured already")
-            else:
-                keep("scaling", name, {"environment": here} | make_sweep(name, args.threads))
+            if not same_place(section, here):
+                section = {"environment": here, "hidden_size": HIDDEN_SIZE, "points": []}
+            log(f"{name}, {len(section['points'])} points known")
+            for point in new_points(name, args.threads, section["points"]):
+                section["points"].append(point)
+                keep("scaling", name, section)
     else:
         for case in args.case:
             for dtype in args.dtype:

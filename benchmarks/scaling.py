@@ -15,6 +15,7 @@ not vary in a sweep is the default of `Shape`, or stands in `SWEEPS`.
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,20 +79,19 @@ SWEEPS = {
 }
 
 
-def make_sweep(name: str, threads: int) -> dict:
-    """One section of the file (see above) but for its environment."""
-    log(name)
-    points = []
+def new_points(name: str, threads: int, known: list[dict]) -> Iterator[dict]:
+    """The points of a sweep that are not among the `known` ones, measured one after the other."""
+    done = {(Shape(*(found[field] for field in Shape._fields)), found["variant"]) for found in known}
     with tempfile.TemporaryDirectory() as directory:
         stored = Path(directory) / "inputs.safetensors"
         for shape in SWEEPS[name].shapes:
-            hidden, weight, labels = peaked_head(shape.tokens, HIDDEN_SIZE, shape.vocab_size)
-            save_inputs(with_teacher(hidden, weight, labels, shape.top_k, masked=shape.masked), stored)
-            del hidden, weight, labels  # a child needs the memory
-            points += [
-                point(stored, shape, variant, threads) for variant in SWEEPS[name].variants if fits(shape, variant)
-            ]
-    return {"hidden_size": HIDDEN_SIZE, "points": points}
+            variants = [v for v in SWEEPS[name].variants if fits(shape, v) and (shape, v) not in done]
+            if variants:
+                hidden, weight, labels = peaked_head(shape.tokens, HIDDEN_SIZE, shape.vocab_size)
+                save_inputs(with_teacher(hidden, weight, labels, shape.top_k, masked=shape.masked), stored)
+                del hidden, weight, labels  # a child needs the memory
+            for variant in variants:
+                yield point(stored, shape, variant, threads)
 
 
 def fits(shape: Shape, variant: str) -> bool:

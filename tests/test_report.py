@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run, scaling, style
-from benchmarks.cases import peaked_head, save_inputs, with_teacher
+from benchmarks.cases import load_inputs, peaked_head, save_inputs, with_teacher
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients
 from benchmarks.process import child
@@ -58,7 +58,12 @@ def test_fits_find_exponent_and_slope():
 
 @pytest.fixture(scope="module")
 def sweeps():
-    """Every sweep in small, really measured: `{name: section}`."""
+    """Every sweep in small, really measured, if not each point in a process of its own: `{name: section}`."""
+
+    def here(inputs, variant, threads, calls, option, objective):
+        assert option == "--objective"
+        return measure(variant, objective, load_inputs(inputs), calls)
+
     tiny = scaling.Shape(tokens=64, vocab_size=4_096, top_k=4)
     small = {
         "tokens": scaling.Sweep((tiny, tiny._replace(tokens=128)), ("recompute",)),
@@ -69,9 +74,11 @@ def sweeps():
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "SWEEPS", small)
+        patch.setattr(scaling, "child", here)
         patch.setattr(scaling, "CALLS_UP_TO", 64 * 4_096)
-        here = run.environment(1)
-        made = {name: {"environment": here} | scaling.make_sweep(name, 1) for name in small}
+        section = {"environment": run.environment(1), "hidden_size": scaling.HIDDEN_SIZE}
+        made = {name: section | {"points": list(scaling.new_points(name, 1, []))} for name in small}
+        assert not list(scaling.new_points("frozen", 1, made["frozen"]["points"]))  # nothing is measured twice
     return json.loads(json.dumps(made))
 
 
@@ -87,7 +94,6 @@ def test_sweeps_measure_what_they_say(sweeps):
     trained, frozen = sweeps["frozen"]["points"]
     assert (trained["units"], frozen["units"]) == (3, 2)
     assert frozen["gradient_mib"] == 64 * 256 * 4 / 2**20
-    assert all(point["peak_mib"] > 0 for section in sweeps.values() for point in section["points"])
 
 
 def test_the_sweeps_reach_the_issues_ranges():
@@ -121,23 +127,31 @@ def test_the_reports_scaling_part_holds_the_points(sweeps, tmp_path):
         assert style.stored_digest(tmp_path / plot.name) == style.digest(plot.data)
 
 
-def test_a_sweep_of_this_commit_and_machine_is_not_made_again(tmp_path, monkeypatch):
+def test_a_sweep_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     here, made = {"commit": "abc", "date": "today"}, []
-    monkeypatch.setattr(run, "environment", lambda threads: here)
-    monkeypatch.setattr(run, "make_sweep", lambda name, threads: made.append(name) or {"points": []})
+
+    def two_points(name, threads, known):
+        for number in range(len(known), 2):
+            made.append((name, number))
+            yield {"number": number}
+            if len(made) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "environment", lambda threads: dict(here))
+    monkeypatch.setattr(run, "new_points", two_points)
     out = tmp_path / "cpu.json"
-    monkeypatch.setattr("sys.argv", ["run", "--scaling", "tokens", "--out", str(out)])
-    run.main()
+    monkeypatch.setattr("sys.argv", ["run", "--out", str(out), "--scaling"])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
     here["date"] = "tomorrow"
     run.main()
-    assert made == ["tokens"]
-    monkeypatch.setattr("sys.argv", ["run", "--out", str(out), "--scaling"])
+    assert made == [(name, number) for name in scaling.SWEEPS for number in (0, 1)]
+    assert json.loads(out.read_text())["scaling"]["frozen"]["points"] == [{"number": 0}, {"number": 1}]
     run.main()
-    assert made == list(scaling.SWEEPS)
-    here["commit"] = "abc-dirty"
+    assert len(made) == 2 * len(scaling.SWEEPS)  # all of it was there
+    here["commit"] = "abc-dirty"  # whatever that is
     run.main()
-    assert made == 2 * list(scaling.SWEEPS)
-    assert list(json.loads(out.read_text())["scaling"]) == list(scaling.SWEEPS)
+    assert len(made) == 4 * len(scaling.SWEEPS)
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +161,19 @@ def results(tmp_path_factory, sweeps):
     inputs = with_teacher(hidden, weight, labels, top_k=8)
     path = tmp_path_factory.mktemp("inputs") / "inputs.safetensors"
     save_inputs(inputs, path)
-    floors = [child(path, "floor", 1, 1)]
+    floor = child(path, "floor", 1, 1)
+    arrangements = {product: best["arrangement"] for product, best in floor.items()}
+    dense = child(path, "dense", 1, 2, "--objective", "dpo+kl", "--floor", json.dumps(arrangements))
+    assert (len(dense["seconds"]), len(dense["floor_seconds"])) == (2, 3)
+    assert dense["first_seconds"] > 0
+    assert dense["peak_mib"] >= 0
     rows = []
     for name in ("recompute", "torch-lce"):
         for objective in VARIANTS[name].objectives:
-            measured = measure(name, objective, inputs, 1, float64_gradients(inputs, objective))
-            rows.append(run.row(name, objective, inputs, [measured], floors))
+            measured = measure(name, objective, inputs, 1, float64_gradients(inputs, objective), arrangements)
+            rows.append(run.row(name, objective, inputs, [measured]))
     section = run.describe("smollm2", "float32", inputs, threads=1)
-    section |= {"floor": floors, "floor_seconds": run.floor_seconds(floors[0]), "rows": rows}
+    section |= {"floor": floor, "floor_seconds": dense["floor_seconds"][0], "rows": rows}
     return json.loads(json.dumps({"comparison": {"smollm2/float32": section}, "scaling": sweeps}))
 
 

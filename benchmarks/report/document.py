@@ -2,12 +2,43 @@
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..gpu_suite import tables as gpu_tables
+from ..restore import report as restore_report
 from . import comparison, scaling, studies
-from .parts import Plot
+from .parts import Plot, source
+
+RESTORE = "python -m benchmarks.restore --results benchmarks/results/restore.json"
+STATIC = "python -m benchmarks.static_report"
+GPU = "python -m benchmarks.gpu_suite --out benchmarks/results/gpu.json"
+
+
+def restore_plots(results: dict) -> list[Plot]:
+    measured = source([results["environment"]], RESTORE)
+    return [Plot("restore.png", "Every method, mean and confidence", results, measured, restore_report.draw)]
+
+
+def restore(results: dict) -> str:
+    return "\n\n".join([restore_report.markdown(results), *(plot.markdown for plot in restore_plots(results))])
+
+
+def static(results: dict) -> str:
+    from ..static_report import markdown  # needs Triton
+
+    return markdown(results)
+
+
+def gpu_plots(results: dict) -> list[Plot]:
+    e = results["environment"]
+    measured = f"{e['device']}; torch {e['versions']['torch']}; {e['date']}, commit {e['commit']}; {GPU}"
+    return [Plot("gpu.png", "Forward and backward of everyone", results, measured, gpu_tables.draw)]
+
+
+def gpu(results: dict) -> str:
+    parts = [gpu_tables.report(results).strip(), *(plot.markdown for plot in gpu_plots(results)), f"Command: `{GPU}`."]
+    return "\n\n".join(parts)
 
 
 class Part(NamedTuple):
@@ -25,11 +56,6 @@ class Part(NamedTuple):
         return found.get(self.key) if found and self.key else found
 
 
-def imported(module: str, name: str) -> Callable[[dict], str]:
-    """A function of a module that is not loaded before there is something for it to tell."""
-    return lambda found: getattr(import_module(module), name)(found)
-
-
 PARTS = (
     Part(
         "This package and its peers on a CPU", "cpu", "comparison", comparison.COMMAND,
@@ -40,18 +66,9 @@ PARTS = (
     Part("The live plan: training", "live_training", None, studies.LIVE_TRAINING, studies.live_training),
     Part("Teacher capture", "capture", None, studies.CAPTURE.format("head"), studies.capture),
     Part("A whole step of TRL's DPO trainer", "trl_step", None, studies.TRL_STEP, studies.trl_step),
-    Part(
-        "Restoring a pruned model", "restore", None, "python -m benchmarks.restore",
-        imported("benchmarks.restore.report", "markdown"),
-    ),
-    Part(
-        "GPU kernels, compiled and not run", "static", None, "python -m benchmarks.static_report",
-        imported("benchmarks.static_report", "markdown"),
-    ),
-    Part(
-        "GPU", "gpu", None, "python -m benchmarks.gpu_suite --out benchmarks/results/gpu.json",
-        imported("benchmarks.gpu_suite.tables", "report"),
-    ),
+    Part("Restoring a pruned model", "restore", None, RESTORE, restore, restore_plots),
+    Part("GPU kernels, compiled and not run", "static", None, STATIC, static),
+    Part("GPU", "gpu", None, GPU, gpu, gpu_plots),
 )  # fmt: skip
 
 

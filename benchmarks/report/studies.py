@@ -48,7 +48,7 @@ def live_cost(results: dict) -> str:
             f"SmolLM2-135M's head on {results['tokens']:,} valid tokens of real text, DPO + top-64 KL, forward and "
             "backward. Errors are relative, against the exact plan; time is CPU time over that of recompute.",
             table(header, rows),
-            caption(results["environment"], LIVE_COST),
+            caption(results["environment"], f"{LIVE_COST} --threads {results['environment']['threads']}"),
         ]
     )
 
@@ -89,7 +89,7 @@ def mean_of(seeds: list[dict] | None, key: str) -> str:
 
 def capture(results: dict) -> str:
     parts = ["The teacher's top-64 log-probabilities, tail and label's, SmolLM2-135M, no gradient."]
-    for section, found in results.items():
+    for section, found in sorted(results.items(), reverse=True):  # the head first
         part, _, dtype = section.partition("/")
         result = found["result"]
         if part == "head":
