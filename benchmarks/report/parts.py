@@ -30,8 +30,9 @@ def source(environments: Sequence[dict], command: str) -> str:
     """The machine, the versions, the commits and the command, in a line (more machines than one: all of them)."""
     commits: dict[str, list[str]] = {}
     for e in environments:
-        machine = f"{e['cpu']} ({e['cpu_capability']}), {e['threads']} thread{'s' * (e['threads'] > 1)}, {e['memory_gib']} GiB; "
-        machine += f"Python {e['python']}, torch {e['versions']['torch']}; {e['date']}"
+        threads = f"{e['threads']} thread{'s' * (e['threads'] > 1)}"
+        machine = f"{e['cpu']} ({e['cpu_capability']}), {threads}, {e['memory_gib']} GiB; Python {e['python']}, "
+        machine += f"torch {e['versions']['torch']}; {e['date']}"
         commits.setdefault(machine, []).append(e["commit"])
     parts = [f"{machine}, commit {', '.join(dict.fromkeys(found))}" for machine, found in commits.items()]
     return "; ".join([*parts, command])
