@@ -34,7 +34,7 @@ from examples.smollm2 import smollm2_dir, smollm2_hidden
 from .cases import DTYPES
 from .floor import products, timed
 from .measure import reset_high_water_mark, resident_mib
-from .run import environment
+from .process import environment
 
 K = 64
 PAIRS = Path(__file__).parent.parent / "examples" / "quickstart" / "data" / "train.jsonl"

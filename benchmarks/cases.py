@@ -56,8 +56,9 @@ class Inputs(NamedTuple):
         return (BETA_REF * self.ref_logps + BETA_TEACHER * teacher) / (BETA_REF + BETA_TEACHER)
 
     def window(self, length: int) -> "Inputs":
-        """The `length` positions around the end of the prompt, half of them masked: the same problem, but tiny."""
-        start = (self.labels.shape[1] - length) // 2
+        """The `length` positions around the end of the prompt: the same problem, but tiny, with answer tokens."""
+        total, prompt = self.labels.shape[1], int((self.labels[0] == IGNORE_INDEX).sum())
+        start = min(max(prompt - length // 2, 0), total - length)
         part = slice(start, start + length)
         teacher = TeacherTargets(*(t[:, part] for t in self.teacher))
         return self._replace(hidden=self.hidden[:, part], labels=self.labels[:, part], teacher=teacher)
@@ -86,11 +87,16 @@ def peaked_head(
     return hidden, weight, labels
 
 
-def with_teacher(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int = TOP_K, seed: int = 0) -> Inputs:
-    """Flat `hidden [N, H]` and `labels [N]` -> two pairs with masked prompts, a teacher and references (see above)."""
+def with_teacher(
+    hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int = TOP_K, seed: int = 0, masked: float = 0.5
+) -> Inputs:
+    """Flat `hidden [N, H]` and `labels [N]` -> two pairs, a teacher and references (see above).
+
+    The first `masked` of every sequence is the prompt.
+    """
     hidden = hidden.unflatten(0, (SEQUENCES, -1))
     labels = labels.long().unflatten(0, (SEQUENCES, -1)).clone()
-    labels[:, : labels.shape[1] // 2] = IGNORE_INDEX
+    labels[:, : int(labels.shape[1] * masked)] = IGNORE_INDEX
     valid = labels != IGNORE_INDEX
 
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed + 1))

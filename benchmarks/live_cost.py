@@ -26,7 +26,8 @@ from dadpo_kernels import live_diagnostics
 
 from .cases import DTYPES, Inputs, load_inputs, make_inputs
 from .oracle import relative_error
-from .run import TOKENS, environment
+from .process import environment
+from .run import TOKENS
 from .style import LIMIT, OURS, RIVAL, figure, save
 from .variants import RETAIN_EVERYTHING, ours
 

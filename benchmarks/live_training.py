@@ -13,7 +13,7 @@ The plans take the same batches in the same order, so their difference is the pl
 how much a difference would mean. Everything that is evaluated is evaluated exactly.
 
 The file: `{task: {metric: {plan: [one value per seed]}, "curves": {plan: [[training loss per step] per seed]},
-"live": {plan: [means of the diagnostics per seed]}}}`; the plans are `exact` and `live TOLERANCE`.
+"live": {plan: [means of the diagnostics per seed]}}}`, and `environment`; the plans are `exact` and `live TOLERANCE`.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from dadpo_kernels.teacher.dataset import PairDataset
 from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
 from dadpo_kernels.trainer import DaDPOTrainer
 from examples.quickstart.prune import DATA, drop_layers
+
+from .process import environment
 
 VOCAB, LENGTH, BATCH = 4096, 128, 8
 TOLERANCES = (None, 1e-3, 1e-2)
@@ -181,7 +183,8 @@ def main() -> None:
                 runs[name(tolerance)].append(distill(teacher, tokenizer, caches, seed, args.epochs, tolerance))
     results["distill"] = collect("distill", runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(rounded(results)) + "\n")
+    measured = {"environment": environment(torch.get_num_threads())} | rounded(results)
+    args.out.write_text(json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":

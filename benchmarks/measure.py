@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ def measure(
         floor: `{product: arrangement}`, to time the floor as well.
 
     Returns:
-        `peak_mib`, `seconds` (a list), `loss`; with `floor` also `floor_seconds`, one more than calls; with `exact`
-        also `loss_error` (absolute), `hidden_grad_error` and `weight_grad_error` (relative, None for a frozen head).
+        `peak_mib`, `first_seconds` (of the call whose memory was taken), `seconds` (of the others), `loss`; with
+        `floor` also `floor_seconds`, one more than calls; with `exact` also `loss_error` (absolute),
+        `hidden_grad_error` and `weight_grad_error` (relative, None for a frozen head).
     """
     variant = find_variant(name)
     if objective not in variant.objectives:
@@ -76,8 +78,10 @@ def measure(
 
     step(inputs.window(WARM_UP_POSITIONS))
     before = reset_high_water_mark()
+    start = time.perf_counter()
     loss, hidden_grad, weight_grad = step(inputs)
-    result: dict[str, Any] = {"peak_mib": resident_mib("VmHWM") - before, "loss": loss.item()}
+    first = time.perf_counter() - start
+    result: dict[str, Any] = {"peak_mib": resident_mib("VmHWM") - before, "first_seconds": first, "loss": loss.item()}
     if exact is not None:
         result["loss_error"] = abs(loss.double() - exact["loss"]).item()
         result["hidden_grad_error"] = relative_error(hidden_grad.flatten(0, 1)[inputs.valid], exact["hidden_grad"])
@@ -99,7 +103,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", type=Path, help="file written by benchmarks.cases.save_inputs")
-    parser.add_argument("--variant", required=True, help="a name in benchmarks.variants, budget=BYTES, or floor")
+    parser.add_argument("--variant", required=True, help="see benchmarks.variants.find_variant; or floor")
     parser.add_argument("--objective", help="what to compute; not used by the floor")
     parser.add_argument("--calls", type=int, default=2, help="timed calls")
     parser.add_argument("--exact", type=Path, help="file written by benchmarks.oracle.save_gradients: report errors")

@@ -5,19 +5,18 @@ Every variant runs in a process of its own with the same number of threads; in e
 machine that slows down for a while slows both. The ratio of a variant is the median, over all its calls, of the call's
 time to the mean of the floor's before and after it.
 
-`--scaling` measures this package alone instead: peak memory against the number of tokens, and time against
-`memory_budget`. Both kinds of result go to the same file, one section per case and dtype; a section measured again is
-replaced, the others stay.
+`--scaling` makes the sweeps of `benchmarks.scaling` instead: time and memory over tokens, vocabulary, K and options.
+Both kinds of result go to the same file, one section per case and dtype or per sweep; a section measured again is
+replaced, the others stay; an interrupted sweep goes on at its next point.
 
 The file (times in seconds, memory in MiB above the inputs, of which the returned gradients are `gradient_mib`):
 
-    {"comparison": {"smollm2/float32": SECTION, ...}, "scaling": {"smollm2/float32": SECTION, ...}}
+    {"comparison": {"smollm2/float32": SECTION, ...}, "scaling": {SWEEP: see benchmarks.scaling, ...}}
 
-    SECTION of comparison and scaling both have
+    SECTION
       environment   cpu, threads, memory_gib, python, platform, versions {package: version}, commit, date
       case, dtype, hidden_size, vocab_size, tokens, valid_tokens, gradient_mib
       peakedness    label_probability, topk_mass: means over the valid tokens
-    comparison adds
       floor         {logits|dhidden|dweight: {seconds, arrangement}}: the fastest arrangements, which all time
       floor_seconds median over all processes of the sum of the three
       rows          [{variant, label, objective, ours, frozen, ratio, seconds [[per call] per repeat], floor_seconds
@@ -25,20 +24,11 @@ The file (times in seconds, memory in MiB above the inputs, of which the returne
                     hidden_grad_error, weight_grad_error (against float64, relative but for the loss; null where there
                     is no such gradient), gflops}], gflops counting only the products that the task needs on valid
                     tokens (three, or two for a frozen head)
-    scaling adds
-      memory        [{tokens, variant, peak_mib, gradient_mib, logits_mib}], logits_mib being one float32 [valid, V]
-      budget        [{memory_budget, seconds [per call], peak_mib}], and full_budget, the bytes that retain all
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -46,35 +36,11 @@ import torch
 
 from .cases import CASES, DTYPES, Inputs, make_inputs, peakedness, save_inputs
 from .oracle import save_gradients
+from .process import child, environment, log
+from .scaling import HIDDEN_SIZE, SWEEPS, new_points
 from .variants import VARIANTS, find_variant
 
-ROOT = Path(__file__).parent.parent
 TOKENS = 2_048
-SCALING_TOKENS = (1_024, 4_096, 16_384)
-SCALING_VARIANTS = ("recompute", "default")
-BUDGET_EIGHTHS = (0, 1, 2, 4, 6, 8)
-SCALING_OBJECTIVE = "dpo+kl"
-PACKAGES = ("torch", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
-
-
-def child(inputs: Path, variant: str, threads: int, calls: int, *options: str) -> dict:
-    """Measure one variant in a fresh process and return what it reports."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measure",
-        str(inputs),
-        "--variant",
-        variant,
-        "--calls",
-        str(calls),
-        *options,
-    ]
-    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | limits, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring {variant} {' '.join(options)} ended with exit status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(inputs: Inputs, only: list[str], repeats: int, calls: int, threads: int, directory: Path) -> dict:
@@ -134,31 +100,6 @@ def row(name: str, objective: str, inputs: Inputs, results: list[dict]) -> dict:
     }
 
 
-def scale(case: str, inputs: Inputs, calls: int, threads: int, directory: Path) -> dict:
-    """Peak memory over `SCALING_TOKENS`, then time over `memory_budget` on `inputs`."""
-    stored = directory / "inputs.safetensors"
-    objective = ("--objective", SCALING_OBJECTIVE)
-    memory = []
-    for tokens in SCALING_TOKENS:
-        longer = make_inputs(case, inputs.hidden.dtype, tokens)
-        save_inputs(longer, stored)
-        for name in SCALING_VARIANTS:
-            peak = child(stored, name, threads, 0, *objective)["peak_mib"]
-            log(f"  {tokens:6} tokens, {name:10} {peak:7.0f} MiB")
-            logits_mib = int(longer.valid.sum()) * longer.weight.shape[0] * 4 / 2**20
-            sizes = {"gradient_mib": gradient_mib(longer), "logits_mib": logits_mib}
-            memory.append({"tokens": tokens, "variant": name, "peak_mib": peak, **sizes})
-
-    save_inputs(inputs, stored)
-    full = int(inputs.valid.sum()) * inputs.weight.shape[0] * inputs.weight.element_size()
-    budget = []
-    for eighths in BUDGET_EIGHTHS:
-        result = child(stored, f"budget={full * eighths // 8}", threads, calls, *objective)
-        log(f"  budget {full * eighths // 8 / 2**20:7.0f} MiB {statistics.median(result['seconds']):7.3f} s")
-        budget.append({"memory_budget": full * eighths // 8, **{key: result[key] for key in ("seconds", "peak_mib")}})
-    return {"memory": memory, "budget": budget, "full_budget": full}
-
-
 def gradient_mib(inputs: Inputs) -> float:
     """What `hidden.grad` and `weight.grad` take, whoever computes them."""
     return (inputs.hidden.numel() + inputs.weight.numel()) * inputs.weight.element_size() / 2**20
@@ -178,30 +119,6 @@ def describe(case: str, dtype: str, inputs: Inputs, threads: int) -> dict:
     }
 
 
-def environment(threads: int) -> dict:
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")), platform.machine()
-    )
-    describe_commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    git = subprocess.run(describe_commit, capture_output=True, text=True)
-    return {
-        "cpu": model,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "commit": "unknown (not a git checkout)" if git.returncode else git.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def log(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu"], default="cpu", help="what to measure on")
@@ -216,27 +133,52 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, help=f"in four sequences, half masked (default {TOKENS})"
     )
-    parser.add_argument("--scaling", action="store_true", help="memory over tokens and time over budget instead")
+    parser.add_argument(
+        "--scaling",
+        nargs="*",
+        choices=SWEEPS,
+        metavar="SWEEP",
+        help=f"make sweeps (default: {', '.join(SWEEPS)}); points that the file has from this commit and machine stay",
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write or to update (default: standard output)")
     args = parser.parse_args()
 
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
-    for case in args.case:
-        for dtype in args.dtype:
-            log(f"{case}, {dtype}")
-            with tempfile.TemporaryDirectory() as directory:
-                inputs = make_inputs(case, DTYPES[dtype], args.tokens)
-                section = describe(case, dtype, inputs, args.threads)
-                if args.scaling:
-                    section |= scale(case, inputs, args.calls, args.threads, Path(directory))
-                else:
+
+    def keep(kind: str, name: str, section: dict) -> None:
+        results.setdefault(kind, {})[name] = section
+        if args.out:  # after every piece: a long run that is interrupted keeps what it has
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    if args.scaling is not None:
+        for name in args.scaling or SWEEPS:
+            section = results.get("scaling", {}).get(name)
+            here = environment(args.threads)
+            if not same_place(section, here):
+                section = {"environment": here, "hidden_size": HIDDEN_SIZE, "points": []}
+            log(f"{name}, {len(section['points'])} points known")
+            for point in new_points(name, args.threads, section["points"]):
+                section["points"].append(point)
+                keep("scaling", name, section)
+    else:
+        for case in args.case:
+            for dtype in args.dtype:
+                log(f"{case}, {dtype}")
+                with tempfile.TemporaryDirectory() as directory:
+                    inputs = make_inputs(case, DTYPES[dtype], args.tokens)
+                    section = describe(case, dtype, inputs, args.threads)
                     section |= compare(inputs, args.only, args.repeats, args.calls, args.threads, Path(directory))
-            results.setdefault("scaling" if args.scaling else "comparison", {})[f"{case}/{dtype}"] = section
-            if args.out:  # after every section: a long run that is interrupted keeps what it has
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(results, indent=1) + "\n")
+                keep("comparison", f"{case}/{dtype}", section)
     if not args.out:
         print(json.dumps(results, indent=1))
+
+
+def same_place(section: dict | None, here: dict) -> bool:
+    """Whether a section was measured with this code on this machine; uncommitted code may be any."""
+    if section is None or here["commit"].endswith("-dirty"):
+        return False
+    return {**section["environment"], "date": ""} == {**here, "date": ""}
 
 
 if __name__ == "__main__":

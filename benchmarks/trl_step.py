@@ -97,7 +97,7 @@ def main() -> None:
 
         print(json.dumps(measure(args.variants[0], args.steps, args.pairs, smollm2_dir())))
         return
-    from .run import environment
+    from .process import environment
 
     result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     result["environment"] = environment(args.threads)

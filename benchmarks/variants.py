@@ -14,7 +14,7 @@ model. `tests/test_benchmarks.py` holds all of them against each other in value 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class Variant:
     ours: bool = False
     frozen: bool = False  # the head's weight requires no gradient
     tolerance: float = 0.0  # relative error of the logits' gradient it may have beyond rounding
+    memory_budget: int | None = None  # of an exact plan of ours, bytes; None is the default
 
 
 def pair_loss(inputs: Inputs, label_logps: Tensor) -> Tensor:
@@ -158,10 +159,16 @@ def cut_cross_entropy(inputs: Inputs, objective: str) -> Tensor:
 
 
 BOTH = ("dpo", "dpo+kl")
+
+
+def exact_plan(label: str, memory_budget: int | None) -> Variant:
+    return Variant(f"dadpo-kernels, {label}", BOTH, ours(memory_budget), ours=True, memory_budget=memory_budget)
+
+
 VARIANTS = {
-    "recompute": Variant("dadpo-kernels, recompute (budget 0)", BOTH, ours(0), ours=True),
-    "default": Variant("dadpo-kernels, default budget", BOTH, ours(None), ours=True),
-    "retain": Variant("dadpo-kernels, retain", BOTH, ours(RETAIN_EVERYTHING), ours=True),
+    "recompute": exact_plan("recompute (budget 0)", 0),
+    "default": exact_plan("default budget", None),
+    "retain": exact_plan("retain", RETAIN_EVERYTHING),
     "live": Variant(
         f"dadpo-kernels, live, tolerance {LIVE_TOLERANCE:g}",
         BOTH,
@@ -169,7 +176,7 @@ VARIANTS = {
         ours=True,
         tolerance=LIVE_TOLERANCE,
     ),
-    "frozen": Variant("dadpo-kernels, frozen head", BOTH, ours(None), ours=True, frozen=True),
+    "frozen": replace(exact_plan("frozen head", None), frozen=True),
     "dense": Variant("PyTorch, full logits", BOTH, dense),
     "liger": Variant("Liger", ("dpo",), liger),
     "trl": Variant("TRL, every token", ("dpo",), trl_every_token),
@@ -180,9 +187,13 @@ VARIANTS = {
 
 
 def find_variant(name: str) -> Variant:
-    """A variant by its name in `VARIANTS`, or `budget=BYTES` for this package at that memory budget."""
+    """A variant by its name in `VARIANTS`, or `budget=BYTES` for this package at that budget; then maybe `,frozen`."""
+    base, comma, option = name.partition(",")
+    if comma and option == "frozen":
+        return replace(find_variant(base), label=f"{find_variant(base).label}, frozen head", frozen=True)
     if name.startswith("budget="):
-        return Variant(f"dadpo-kernels, {name}", BOTH, ours(int(name.removeprefix("budget="))), ours=True)
+        return exact_plan(name, int(name.removeprefix("budget=")))
     if name not in VARIANTS:
-        raise ValueError(f"variant {name!r} is unknown: use one of {', '.join(VARIANTS)}, or budget=BYTES")
+        known = f"{', '.join(VARIANTS)}, or budget=BYTES, and after it ,frozen for a frozen head"
+        raise ValueError(f"variant {name!r} is unknown: use one of {known}")
     return VARIANTS[name]

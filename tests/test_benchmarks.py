@@ -1,17 +1,14 @@
 """The benchmark compares like with like: every variant computes the same loss and the same gradients."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report
 from benchmarks.cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, load_inputs, peaked_head, save_inputs, with_teacher
 from benchmarks.floor import measure_floor, products
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients, relative_error
-from benchmarks.run import child, describe, gradient_mib, ratios, row
+from benchmarks.run import ratios
 from benchmarks.variants import BETA, OBJECTIVES, VARIANTS, find_variant
 
 # The maths of Liger and Cut Cross Entropy without waiting for their compilation.
@@ -120,74 +117,21 @@ def test_unknown_variants_and_objectives_are_refused(inputs):
         measure("liger", "dpo+kl", inputs, 1)
 
 
-@pytest.fixture(scope="module")
-def results(inputs, tmp_path_factory):
-    """A results file as `benchmarks.run` writes it, from two variants really measured in processes of their own."""
-    path = tmp_path_factory.mktemp("inputs") / "inputs.pt"
-    save_inputs(inputs, path)
-    floor = child(path, "floor", 1, 1)
-    arrangements = {product: best["arrangement"] for product, best in floor.items()}
-    rows = [
-        row(
-            name,
-            objective,
-            inputs,
-            [measure(name, objective, inputs, 1, float64_gradients(inputs, objective), arrangements)],
-        )
-        for name, objective in (
-            ("recompute", "dpo"),
-            ("recompute", "dpo+kl"),
-            ("torch-lce", "dpo"),
-            ("torch-lce", "ce"),
-        )
-    ]
-    dense = child(path, "dense", 1, 2, "--objective", "dpo+kl", "--floor", json.dumps(arrangements))
-    assert len(dense["seconds"]) == 2
-    assert len(dense["floor_seconds"]) == 3
-    assert dense["peak_mib"] >= 0
-    section = describe("smollm2", "float32", inputs, threads=1)
-    floor_seconds = sum(product["seconds"] for product in floor.values())
-    comparison = section | {"floor": floor, "floor_seconds": floor_seconds, "rows": rows}
-    point = {"peak_mib": 2.0, "gradient_mib": gradient_mib(inputs), "logits_mib": 5.0}
-    memory = [{"tokens": tokens, "variant": name, **point} for name in ("recompute", "default") for tokens in (8, 16)]
-    budget = [{"memory_budget": 2**20 * i, "seconds": [1.0 / (i + 1)], "peak_mib": 3.0} for i in range(3)]
-    scaling = section | {"memory": memory, "budget": budget, "full_budget": 2**21}
-    return json.loads(
-        json.dumps({"comparison": {"smollm2/float32": comparison}, "scaling": {"smollm2/float32": scaling}})
-    )
+def test_a_window_has_answer_tokens_however_much_is_masked(inputs):
+    flat = inputs.hidden.flatten(0, 1), inputs.weight, inputs.labels.flatten().clamp(min=0)
+    for masked in (0.0, 0.5, 7 / 8):
+        some = with_teacher(*flat, top_k=8, masked=masked)
+        assert some.valid.sum() == 4 * 24 * (1 - masked)
+        assert some.window(4).valid.sum() >= 8
+    nothing = with_teacher(*flat, top_k=0)
+    assert nothing.teacher.topk_ids.shape == (4, 24, 0)
 
 
-def test_report_rewrites_the_table_and_draws(results, tmp_path, monkeypatch):
-    (tmp_path / "cpu.json").write_text(json.dumps(results))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{report.BEGIN}\nold table\n{report.END}\nbelow\n")
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "cpu.json"), "--readme", str(readme)])
-    for _ in range(2):  # the second time over its own output
-        report.main()
-    text = readme.read_text()
-    assert text.startswith(f"above\n{report.BEGIN}\n")
-    assert text.endswith(f"{report.END}\nbelow\n")
-    assert "old table" not in text
-    line = next(line for line in text.splitlines() if "recompute" in line)
-    ratio = next(r["ratio"] for r in results["comparison"]["smollm2/float32"]["rows"] if r["objective"] == "dpo+kl")
-    assert f"| {ratio:.2f} |" in line
-    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1  # a rectangle
-    assert text.count("(CE: ") == 1
-    for name in ("cpu.png", "cpu_scaling.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_report_needs_markers_and_one_machine(results, tmp_path, monkeypatch):
-    (tmp_path / "cpu.json").write_text(json.dumps(results))
-    (tmp_path / "README.md").write_text("no markers")
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "cpu.json"), "--readme", str(tmp_path / "README.md")])
-    with pytest.raises(ValueError, match="needs one <!-- benchmark:cpu -->"):
-        report.main()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "cpu.json"]
-
-    section = results["comparison"]["smollm2/float32"]
-    elsewhere = section | {"dtype": "bfloat16", "environment": section["environment"] | {"threads": 64}}
-    with pytest.raises(ValueError, match="different machines"):
-        report.tables({"smollm2/float32": section, "smollm2/bfloat16": elsewhere})
-    with pytest.raises(ValueError, match="no comparison section"):
-        report.tables({})
+def test_plans_and_frozen_heads_by_name():
+    budget = find_variant("budget=4096,frozen")
+    assert (budget.memory_budget, budget.frozen, budget.ours) == (4096, True, True)
+    assert find_variant("dense,frozen").frozen
+    assert not find_variant("dense").frozen
+    assert find_variant("recompute").memory_budget == 0
+    with pytest.raises(ValueError, match="'recompute,thawed' is unknown"):
+        find_variant("recompute,thawed")

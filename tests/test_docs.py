@@ -23,6 +23,10 @@ def test_site_builds(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     for page in PAGES:
         assert (tmp_path / ("" if page.stem == "index" else page.stem) / "index.html").exists()
+    report = tmp_path / "benchmarks" / "REPORT" / "index.html"
+    images = re.findall(r'<img [^>]*src="([^"]+\.png)"', report.read_text())
+    assert images
+    assert all((report.parent / image).exists() for image in images)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks import style
 from benchmarks.gpu_suite import runner, tables
 from benchmarks.gpu_suite.stages import STAGES, TINY
 
@@ -75,5 +76,5 @@ def test_units_and_plot(tmp_path):
     row = {"both_seconds": 0.5, "both_flops": 3e12, "peak_bytes_above_gradients": 2**21, "error": None}
     assert tables.readable(row) == {"both ms": 500.0, "TFLOP/s": 3.0, "peak MiB above gradients": 2.0}
     rows = list(STAGES["table"].run(TINY))
-    tables.plot({"stages": {"table": {"rows": rows}}}, tmp_path / "gpu.png")
+    style.save(tables.draw({"stages": {"table": {"rows": rows}}}), tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 1000

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 
+from benchmarks import style
 from benchmarks.restore import measures, report
 from benchmarks.restore.__main__ import Run, best, measured
 from benchmarks.restore.settings import METHODS, SETTINGS, TUNING_SEED, Point
@@ -97,5 +98,5 @@ def test_the_report_tells_certain_differences_from_chance(tmp_path: Path):
     # Paired by seed, daDPO is exactly 2 above dDPO: certain, better where more is better and worse where less is.
     assert line.count("**+**") == 3
     assert line.count("**-**") == 3
-    report.plot(results, tmp_path / "restore.png")
+    style.save(report.draw(results), tmp_path / "restore.png")
     assert (tmp_path / "restore.png").stat().st_size > 10_000

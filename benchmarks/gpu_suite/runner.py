@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from ..process import commit
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
 
@@ -35,6 +37,7 @@ def environment() -> dict:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
     }
 

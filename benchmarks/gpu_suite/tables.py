@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from .. import style
 
@@ -41,7 +42,7 @@ def readable(row: dict) -> dict:
 def report(results: dict) -> str:
     environment = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    parts = [f"{environment['device']}; {versions}; {environment['date']}"]
+    parts = [f"{environment['device']}; {versions}; {environment['date']}, commit {environment['commit']}"]
     for name, stage in results["stages"].items():
         rows = [readable(row) for row in stage["rows"]]
         columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -51,7 +52,7 @@ def report(results: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot(results: dict, path: Path) -> None:
+def draw(results: dict) -> Any:
     """Forward with backward of everyone, a panel for each shape, without top-k ids where there are such rows."""
     rows = [row for row in results["stages"]["table"]["rows"] if "both_seconds" in row and not row["masked"]]
     least = min(row["top_k"] for row in rows)
@@ -64,7 +65,7 @@ def plot(results: dict, path: Path) -> None:
         bars = panel.barh([row["name"] for row in shown], [row["both_seconds"] * 1e3 for row in shown], color=colors)
         panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         panel.set(title=f"{shape}, K = {least}", xlabel="forward and backward, ms")
-    style.save(drawing, path)
+    return drawing
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     results = json.loads(args.results.read_text())
     print(report(results))
     if args.plot:
-        plot(results, args.plot)
+        style.save(draw(results), args.plot)
 
 
 if __name__ == "__main__":

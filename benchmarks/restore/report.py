@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import style
@@ -110,7 +109,7 @@ def rows(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any]) -> Any:
     """Mean and confidence interval of four figures for every method, the start as a line."""
     shown = [c for c in COLUMNS if c[0] in ("preference_rate", "kl", "reverse_kl", "nll")]
     drawing, axes = style.figure(1, len(shown), width=3.0, height=2.8, sharey=True)
@@ -125,4 +124,4 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{header}\n({end} is better)", fontsize=9)
     axes[0][0].set_yticks(range(len(names)), [label(method) for method in names])
     drawing.supxlabel("dashed: after SFT, where all methods start", fontsize=8)
-    style.save(drawing, path)
+    return drawing

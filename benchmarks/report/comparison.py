@@ -1,19 +1,14 @@
-"""From the JSON of `benchmarks.run` to the README: `python -m benchmarks.report benchmarks/results/cpu.json`.
+"""This package and its peers on one machine: README's table, and its plot."""
 
-Rewrites what stands between the README's two markers (which must be there already) and draws, beside the JSON file,
-`NAME.png` (time and memory of every variant) and, where there is a scaling section, `NAME_scaling.png`.
-"""
-
-import argparse
-import json
 import statistics
-from pathlib import Path
+from typing import Any
 
-from . import style
-from .cases import CASES
+from .. import style
+from ..cases import CASES, TOP_K
+from .parts import NOTHING, Plot, source, table
 
+COMMAND = "python -m benchmarks.run --device cpu --out benchmarks/results/cpu.json"
 BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
-NOTHING = "–"
 
 
 def replace_between_markers(text: str, table: str) -> str:
@@ -29,7 +24,8 @@ def tables(comparison: dict[str, dict]) -> str:
     if not comparison:
         raise ValueError("the file has no comparison section: run benchmarks.run without --scaling first")
     parts = [
-        table([section for section in comparison.values() if section["case"] == case]) for case in cases(comparison)
+        case_table([section for section in comparison.values() if section["case"] == case])
+        for case in cases(comparison)
     ]
     return "\n\n".join([*parts, notes(list(comparison.values()))])
 
@@ -38,15 +34,14 @@ def cases(sections: dict[str, dict]) -> list[str]:
     return list(dict.fromkeys(section["case"] for section in sections.values()))
 
 
-def table(sections: list[dict]) -> str:
+def case_table(sections: list[dict]) -> str:
     """One case: per dtype the time of DPO, of DPO + KL, peak memory and gradient error."""
     first = sections[0]
     title = f"**{CASES[first['case']]}** (H={first['hidden_size']:,}, V={first['vocab_size']:,})"
-    header, seconds = [title], []
+    header, seconds, lines = [title], [], []
     for section in sections:
         header += [f"{section['dtype']}: DPO", "DPO + KL", "peak MiB", "grad. error"]
         seconds.append(f"{section['floor_seconds']:.2f} s in {section['dtype']}")
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
     for label in dict.fromkeys(row["label"] for section in sections for row in section["rows"]):
         line = [label]
         for section in sections:
@@ -54,7 +49,7 @@ def table(sections: list[dict]) -> str:
         lines.append(line)
     floor = f"Time 1 is the floor, three matrix products on the valid tokens: {', '.join(seconds)}. "
     gradients = " and ".join(f"{section['gradient_mib']:.0f}" for section in sections)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{floor}Gradients take {gradients} MiB."
+    return f"{table(header, lines)}\n\n{floor}Gradients take {gradients} MiB."
 
 
 def cells(rows: dict[str, dict]) -> list[str]:
@@ -80,9 +75,8 @@ def gradient_error(row: dict) -> float:
 def notes(sections: list[dict]) -> str:
     first = sections[0]
     machine = first["environment"]
-    if any(
-        section["environment"][key] != machine[key] for section in sections for key in ("cpu", "threads", "versions")
-    ):
+    same = ("cpu", "cpu_capability", "threads", "versions")
+    if any(section["environment"][key] != machine[key] for section in sections for key in same):
         raise ValueError("the sections were measured on different machines or versions: run them again in one place")
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     commits = ", ".join(dict.fromkeys(section["environment"]["commit"] for section in sections))
@@ -91,12 +85,12 @@ def notes(sections: list[dict]) -> str:
         "answer tokens; every variant in a process of its own, in turn, medians. Memory is the growth of the resident "
         "set over the inputs, gradients included. The gradient's error is relative, against float64. "
         "\\* plain cross-entropy on the same tokens: less work than DPO.\n\n"
-        f"{machine['cpu']}, {machine['threads']} threads; Python {machine['python']}, {versions}; "
-        f"{machine['date']}, commit {commits}."
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads; Python {machine['python']}, "
+        f"{versions}; {machine['date']}, commit {commits}."
     )
 
 
-def plot_comparison(comparison: dict[str, dict], path: Path) -> None:
+def draw(comparison: dict[str, dict]) -> Any:
     """One panel per section: time of the fullest objective that each variant computes, as multiples of the floor."""
     columns = max(sum(section["case"] == case for section in comparison.values()) for case in cases(comparison))
     rows = -(-len(comparison) // columns)
@@ -119,59 +113,22 @@ def plot_comparison(comparison: dict[str, dict], path: Path) -> None:
         panel.grid(axis="y", visible=False)
         panel.set_title(f"{CASES[section['case']].split(',')[0]}, {section['dtype']}")
         panel.set_xlabel("time / three matrix products (red), and peak memory")
-    style.save(drawing, path)
+    return drawing
 
 
-def plot_scaling(scaling: dict[str, dict], path: Path) -> None:
-    """Per section: peak memory without gradients over tokens, and time over the memory budget."""
-    drawing, axes = style.figure(len(scaling), 2)
-    for (left, right), section in zip(axes, scaling.values(), strict=True):
-        name = f"{CASES[section['case']].split(',')[0]}, {section['dtype']}"
-        variants = list(dict.fromkeys(point["variant"] for point in section["memory"]))
-        for variant, line in zip(variants, ("-o", "--s"), strict=True):
-            points = [point for point in section["memory"] if point["variant"] == variant]
-            without_gradients = [point["peak_mib"] - point["gradient_mib"] for point in points]
-            left.plot([point["tokens"] for point in points], without_gradients, line, color=style.OURS, label=variant)
-        left.plot(
-            [point["tokens"] for point in points],
-            [point["logits_mib"] for point in points],
-            ":^",
-            color=style.RIVAL,
-            label="one float32 logits tensor",
-        )
-        left.set(
-            xscale="log",
-            yscale="log",
-            xlabel="tokens, half of them masked",
-            ylabel="peak − gradients, MiB",
-            title=name,
-        )
-        left.set_xticks(
-            [point["tokens"] for point in points], [f"{point['tokens']:,}" for point in points], minor=False
-        )
-        left.minorticks_off()
-        left.legend(fontsize=8)
-
-        budgets = [point["memory_budget"] / 2**20 for point in section["budget"]]
-        right.plot(
-            budgets, [statistics.median(point["seconds"]) for point in section["budget"]], "-o", color=style.OURS
-        )
-        right.set(xlabel="memory_budget, MiB", ylabel="seconds", ylim=(0, None), title="time for memory")
-    style.save(drawing, path)
+def plots(comparison: dict[str, dict]) -> list[Plot]:
+    measured = source([section["environment"] for section in comparison.values()], COMMAND)
+    return [Plot("cpu.png", "Time and memory of every variant", comparison, measured, draw)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON file written by benchmarks.run --out")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help=f"file with {BEGIN} and {END}")
-    args = parser.parse_args()
-    results = json.loads(args.results.read_text())
-    text = replace_between_markers(args.readme.read_text(), tables(results.get("comparison", {})))
-    plot_comparison(results["comparison"], args.results.with_suffix(".png"))
-    if "scaling" in results:
-        plot_scaling(results["scaling"], args.results.with_name(args.results.stem + "_scaling.png"))
-    args.readme.write_text(text)
-
-
-if __name__ == "__main__":
-    main()
+def markdown(comparison: dict[str, dict]) -> str:
+    """README's tables, how peaked the softmax was that they were measured on, and the plot."""
+    peaked = [
+        f"* {CASES[section['case']]}, {section['dtype']}: mean probability of the label "
+        "{label_probability:.2f}, mean top-{k} mass {topk_mass:.2f}".format(**section["peakedness"], k=TOP_K)
+        for section in comparison.values()
+    ]
+    drawn = [plot.markdown for plot in plots(comparison)]
+    return "\n\n".join(
+        [tables(comparison), f"Command: `{COMMAND}`", "The softmax of the teacher:", "\n".join(peaked), *drawn]
+    )

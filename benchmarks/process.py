@@ -1,0 +1,68 @@
+"""A fresh process for every measurement, and the record of what it ran on."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
+
+
+def child(inputs: Path, variant: str, threads: int, calls: int, *options: str) -> dict:
+    """Measure one variant with `benchmarks.measure` in a fresh process and return what it reports."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.measure",
+        str(inputs),
+        "--variant",
+        variant,
+        "--calls",
+        str(calls),
+        *options,
+    ]
+    limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | limits, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring {variant} {' '.join(options)} ended with exit status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(threads: int) -> dict:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(
+        (line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")), platform.machine()
+    )
+    return {
+        "cpu": model,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, `-dirty` where code differs from it (measuring writes results, not code)."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return "unknown (not a git checkout)"
+    code = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)*.md"]
+    clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code]).returncode == 0
+    return head.stdout.strip() + ("" if clean else "-dirty")
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

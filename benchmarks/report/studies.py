@@ -1,0 +1,148 @@
+"""Tables of the studies that have a program and a file of their own: live plan, teacher capture, a step of TRL's."""
+
+import statistics
+from collections.abc import Sequence
+
+from .parts import NOTHING, caption, table
+
+LIVE_COST = "python -m benchmarks.live_cost --out benchmarks/results/live_cost.json --plot docs/live_cost.png"
+LIVE_TRAINING = "python -m benchmarks.live_training --out benchmarks/results/live_training.json"
+CAPTURE = "python -m benchmarks.capture {} --out benchmarks/results/capture.json"
+TRL_STEP = "python -m benchmarks.trl_step --out benchmarks/results/trl_step.json"
+METRICS = {
+    "heldout_nll": "held-out negative log-likelihood",
+    "heldout_kl": "held-out KL to the teacher",
+    "heldout_accuracy": "held-out preference accuracy",
+}
+DIAGNOSTICS = {"live_share": "live share of the columns", "units": "matrix products"}
+
+
+def live_cost(results: dict) -> str:
+    recompute, retain = results["recompute"]["seconds"], results["retain"]["seconds"]
+    rows = [["recompute, exact", "", "", "", "", "", "", "1.00"]]
+    rows.append(["retain, exact", "", "", "", "", "", "", f"{retain / recompute:.2f}"])
+    for row in sorted(results["rows"], key=lambda row: (row["chunk"], row["tolerance"])):
+        errors = (row[key] for key in ("certificate", "hidden_grad_error", "weight_grad_error"))
+        rows.append(
+            [
+                f"live, chunks of {row['chunk']}",
+                f"{row['tolerance']:g}",
+                *(f"{error:.1e}" for error in errors),
+                f"{row['live_share']:.2f}",
+                f"{row['units']:.2f}",
+                f"{row['seconds'] / recompute:.2f}",
+            ]
+        )
+    header = [
+        "plan",
+        "`grad_tolerance`",
+        "certificate",
+        "hidden's gradient",
+        "weight's gradient",
+        "live share",
+        "products",
+        "time",
+    ]
+    return "\n\n".join(
+        [
+            f"SmolLM2-135M's head on {results['tokens']:,} valid tokens of real text, DPO + top-64 KL, forward and "
+            "backward. Errors are relative, against the exact plan; time is CPU time over that of recompute.",
+            table(header, rows),
+            caption(results["environment"], f"{LIVE_COST} --threads {results['environment']['threads']}"),
+        ]
+    )
+
+
+def live_training(results: dict) -> str:
+    environment = results.get("environment")
+    parts = [
+        "Twins from the same seeds and batches, trained with the exact plan and with the live one and evaluated "
+        "exactly; mean ± standard deviation over seeds.",
+    ]
+    for task, result in results.items():
+        if task == "environment":
+            continue
+        plans = list(result["curves"])
+        steps, seeds = len(result["curves"]["exact"][0]), len(result["curves"]["exact"])
+        rows = [
+            [name, *(spread(result[key][plan]) for plan in plans)] for key, name in METRICS.items() if key in result
+        ]
+        rows += [
+            [name, *(mean_of(result["live"].get(plan), key) for plan in plans)] for key, name in DIAGNOSTICS.items()
+        ]
+        parts.append(table([f"{task.replace('_', ' ')}, {steps} steps, {seeds} seeds", *plans], rows))
+    parts.append(
+        caption(environment, LIVE_TRAINING)
+        if environment
+        else f"The file does not say on what machine and at what commit; `{LIVE_TRAINING}` measures it again."
+    )
+    return "\n\n".join(parts)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def mean_of(seeds: list[dict] | None, key: str) -> str:
+    return f"{statistics.mean(seed[key] for seed in seeds):.2f}" if seeds else NOTHING
+
+
+def capture(results: dict) -> str:
+    parts = ["The teacher's top-64 log-probabilities, tail and label's, SmolLM2-135M, no gradient."]
+    for section, found in sorted(results.items(), reverse=True):  # the head first
+        part, _, dtype = section.partition("/")
+        result = found["result"]
+        if part == "head":
+            rows = [
+                [
+                    f"{row['tokens']:,}",
+                    *(f"{row[key]:.2f}" for key in ("gemm", "ours", "dense")),
+                    *(f"{row[key]:,.0f}" for key in ("ours_mib", "dense_mib")),
+                ]
+                for row in result
+            ]
+            header = [
+                "tokens",
+                "one matrix product, s",
+                "`linear_topk_logps`, s",
+                "dense, s",
+                "ours, MiB",
+                "dense, MiB",
+            ]
+            parts += [f"### The head alone, {dtype}", table(header, rows)]
+            command = CAPTURE.format(f"head --dtype {dtype}")
+        else:
+            rows = [
+                ["tokens captured", f"{result['tokens']:,}"],
+                ["tokens a second, with the model's body", f"{result['tokens_per_second']:,.0f}"],
+                ["bytes a token on disk", f"{result['bytes_per_token']:,.0f}"],
+                ["mean forward KL to a shallower student, nats a token", f"{result['kl_exact']:.4f}"],
+                ["its error from the cache's rounding, mean", f"{result['kl_error_mean']:.1e}"],
+                ["its error from the cache's rounding, worst token", f"{result['kl_error_max']:.1e}"],
+            ]
+            parts += ["### The whole capture, and what the cache loses", table(["", "measured"], rows)]
+            command = CAPTURE.format(part)
+        parts.append(caption(found["environment"], command))
+    return "\n\n".join(parts)
+
+
+def trl_step(results: dict) -> str:
+    names = dict.fromkeys(row["variant"] for row in results["rows"])
+    rows = []
+    for name in names:
+        runs = [row for row in results["rows"] if row["variant"] == name]
+        cells = [
+            statistics.median(value for run in runs for value in run[key])
+            for key in ("seconds", "cpu_seconds", "peak_mib")
+        ]
+        rows.append([name, *(f"{value:,.1f}" for value in cells[:2]), f"{cells[2]:,.0f}", f"{runs[0]['loss'][0]:.4f}"])
+    first = results["rows"][0]
+    return "\n\n".join(
+        [
+            f"Whole optimizer steps of SmolLM2-135M in float32, {first['pairs']} pairs, {first['tokens']:,} tokens of "
+            f"which {first['valid_tokens']:,} are answers'; medians. Memory is what a step takes above model,"
+            " reference and optimizer. The loss is that of the first step timed, the second of the run.",
+            table(["trainer", "s", "CPU s", "MiB", "loss"], rows),
+            caption(results["environment"], TRL_STEP),
+        ]
+    )
