@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .config import DaDPOConfig
 from .integrations.engines import check_engine, loss_in_forward, mask_repeated_pairs, whole_parameters
@@ -14,6 +14,7 @@ from .linear_loss import DaDPOOutput, pair_counts
 from .live_diagnostics import live_diagnostics
 from .lm_head import LMHead, check_lm_head, hidden_states, lm_head
 from .teacher.dataset import PairCollator, PairDataset
+from .teacher.sampler import ShardSampler
 from .teacher.targets import TeacherTargets
 
 LIVE_METRICS = ("certificate", "live_share", "exact_share", "units")  # of LiveDiagnostics, logged as live/*
@@ -28,6 +29,9 @@ class DaDPOTrainer(Trainer):
 
     Under `accelerate launch` (DDP, FSDP2, DeepSpeed ZeRO) the pairs of a step are those of all ranks, and its loss,
     gradients and metrics are those of one process with all of them, whatever the ranks' shares of tokens.
+
+    A cache is shuffled by `ShardSampler`, so that a large one is read shard by shard, in an order that depends on the
+    seed and the epoch alone; `train_sampling_strategy` names others.
 
     Args:
         model: a transformers causal LM whose head is a plain linear layer. Keep its parameters in float32 and set
@@ -70,12 +74,22 @@ class DaDPOTrainer(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, **kwargs)  # fmt: skip
         check_engine(self.accelerator, args.n_gpu)
+        self._shard_sampler: ShardSampler | None = None
+        self.add_callback(_EpochOfSampler(self))
         # Rejected answers are not even read by a stage that has no use for them.
         self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
         self.tokens_seen = 0
         self._metrics: dict[str, Tensor] = {}
         self._metrics_since = 0
         self._live: dict[str, float] = {}
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, PairDataset) or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._shard_sampler = ShardSampler(dataset, seed=seed, num_replicas=1, rank=0)  # accelerate deals out batches
+        return self._shard_sampler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -201,3 +215,14 @@ class DaDPOTrainer(Trainer):
         for batch in loader:
             mask_repeated_pairs(batch, self.args.process_index, loader)
             yield batch
+
+
+class _EpochOfSampler(TrainerCallback):
+    """Tells the sampler the epoch: accelerate does not where several ranks resume in the middle of one."""
+
+    def __init__(self, trainer: DaDPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._shard_sampler is not None:
+            self._trainer._shard_sampler.set_epoch(int(state.epoch))

@@ -74,7 +74,7 @@ def test_forward_is_restored_after_an_error():
 )
 def test_repeated_pairs_are_masked(remainder, rank, left):
     batch = {"labels": torch.ones(6, 4, dtype=torch.int64)}
-    loader = SimpleNamespace(end_of_dataloader=True, remainder=remainder)
+    loader = SimpleNamespace(end_of_dataloader=True, remainder=remainder, batch_sampler=None)
     mask_repeated_pairs(batch, rank, loader)
     valid = (batch["labels"] != -100).all(1).view(2, 3)
     assert valid.sum(1).tolist() == [left, left]

@@ -140,3 +140,16 @@ def test_four_processes_and_a_tied_head(setup, engine):
     words = arguments(setup, "tied", f"{engine}-4", 1, accumulate=2)
     assert run_ranks(4, train_rank, recipe_environment(engine), words) == [0] * 4
     assert_same_run(setup, "one-tied", f"{engine}-4")
+
+
+def test_resumed_in_the_middle_of_an_epoch(setup):
+    """An epoch has 3 steps on 2 processes; the order of the second one depends on its number."""
+    saving = ["--save_strategy", "steps", "--save_steps", "5"]
+    words = [*arguments(setup, "untied", "whole", 2), "--max_steps", "8", *saving]
+    assert run_ranks(2, train_rank, recipe_environment("ddp"), words) == [0] * 2
+    checkpoint = str(setup / "whole" / "checkpoint-5")
+    words = [*arguments(setup, "untied", "resumed", 2), "--max_steps", "8", "--resume_from_checkpoint", checkpoint]
+    assert run_ranks(2, train_rank, recipe_environment("ddp"), words) == [0] * 2
+    want, got = (load_file(setup / name / "model.safetensors") for name in ("whole", "resumed"))
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name

@@ -109,25 +109,25 @@ def test_processes_with_other_settings_are_refused(tmp_path, processes):  # noqa
     assert finished(started)[1] == 7
 
 
-def test_torchrun(tmp_path):
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
+        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+    ],  # its option for several processes; what they run on is theirs to find
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers(tmp_path, launcher):
     """Both models in one run, as a user starts it."""
     for name, seed in (("teacher", 0), ("student", 1)):
         tiny_llama(seed=seed).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(record) for record in chat_records(12)))
     words = [
-        *(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "dadpo_kernels.cli",
-            "teacher",
-        ),
-        *("--model", "teacher", "--reference", "student", "--data", "pairs.jsonl", "--out", "cache", "--k", "4"),
-        *("--shard-tokens", "100"),
+        *("-m", *LAUNCHERS[launcher], "-m", "dadpo_kernels.cli", "teacher", "--model", "teacher"),
+        *("--reference", "student", "--data", "pairs.jsonl", "--out", "cache", "--k", "4", "--shard-tokens", "100"),
     ]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -104,6 +104,24 @@ def test_minus_infinity(backend):
     assert (got.tail == -torch.inf).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_nan_stays_in_its_row(backend):
+    """In every column, and in some of the first that fill the list of candidates."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 8, generator=g), torch.randn(1300, 8, generator=g), torch.zeros(1300)
+    want = linear_topk_logps(hidden, weight, 20, backend=backend)
+    spoilt = hidden.clone()
+    spoilt[2] = torch.nan
+    got = linear_topk_logps(spoilt, weight, 20, labels=torch.arange(5), backend=backend)
+    others = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(got.ids[others], want.ids[others])
+    assert torch.equal(got.logps[others], want.logps[others])
+    assert got.logps[2].isnan().all()
+    assert got.label[2].isnan()
+    bias[::7] = torch.nan
+    assert linear_topk_logps(hidden, weight, 20, bias=bias, backend=backend).tail.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_hidden_states(smollm2, dtype, monkeypatch):
     monkeypatch.undo()

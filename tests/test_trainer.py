@@ -13,6 +13,7 @@ from dadpo_kernels.linear_loss import linear_dadpo_loss
 from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
 from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
 from dadpo_kernels.teacher.pairs import tokenize_pairs
+from dadpo_kernels.teacher.sampler import ShardSampler
 from dadpo_kernels.teacher.targets import TeacherTargets
 from dadpo_kernels.trainer import DaDPOTrainer
 
@@ -118,15 +119,36 @@ def test_sft_stage_skips_rejected_answers(cache, tmp_path, monkeypatch):
     assert "logps/rejected" not in t.state.log_history[0]
 
 
-def test_resumed_run_equals_uninterrupted(cache, tmp_path):
+@pytest.mark.parametrize("step", [4, 6])  # an epoch has 5
+def test_resumed_run_equals_uninterrupted(cache, tmp_path, step):
     options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "seed": 1}
     whole = trainer(cache, tmp_path / "a", **options)
     whole.train()
     again = trainer(cache, tmp_path / "b", tiny_llama(seed=9), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert whole.state.global_step == again.state.global_step == 10
+
+
+def test_a_cache_is_read_shard_by_shard(tmp_path):
+    """In another order in each epoch, and each pair once."""
+    data = tokenize_pairs(chat_records(24), TOKENIZER, 64)
+    capture_teacher(tiny_llama(), TOKENIZER, data, tmp_path / "cache", k=2, shard_tokens=30)
+    dataset = PairDataset(tmp_path / "cache")
+    config = DaDPOConfig(str(tmp_path / "out"), beta_teacher=0.1, num_train_epochs=2, per_device_train_batch_size=1,
+                         learning_rate=0.0, use_cpu=True, report_to="none", save_strategy="no")  # fmt: skip
+    order = []
+    read = dataset._reader.read
+    dataset._reader.read = lambda shard, row: order.append(shard.index[row]) or read(shard, row)
+    t = DaDPOTrainer(tiny_llama(), config, dataset, processing_class=TOKENIZER)
+    t.train()
+    sampler = ShardSampler(dataset, seed=config.seed, num_replicas=1, rank=0)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        assert order[24 * epoch :][:24] == list(sampler) != list(range(24))
+    assert len(dataset.manifest.shards) > 8
+    assert order[:24] != order[24:]
 
 
 def test_bfloat16_trains_float32_parameters(cache, tmp_path):

@@ -360,7 +360,7 @@ def test_an_arbitrary_body_gives_a_typed_error(arbitrary, body):
     server, client = arbitrary
     server.change = lambda _: body
     with pytest.raises(AnswerError):
-        client.score(IDS, K, lambda answer: answer_targets(answer, IDS, 1, K, V))
+        client.score(IDS, 1, K, lambda answer: answer_targets(answer, IDS, 1, K, V))
 
 
 @pytest.fixture(scope="module")
@@ -374,4 +374,4 @@ def test_nothing_is_tried_again_after_a_stop(vllm):
     stopped = threading.Event()
     stopped.set()
     with closing(CompletionsServer(vllm.url, backoff=60)) as server, pytest.raises(ServerError, match="tried 1 times"):
-        server.score(IDS, K, lambda answer: answer, stopped)
+        server.score(IDS, 1, K, lambda answer: answer, stopped)

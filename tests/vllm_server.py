@@ -1,4 +1,4 @@
-"""A server on loopback that answers as vLLM does, from a tiny model, and fails on request."""
+"""A server on loopback that answers as vLLM and SGLang do, from a tiny model, and fails on request."""
 
 import json
 import threading
@@ -44,6 +44,16 @@ def as_json(entries):
         entry and {str(i): {**vars(v), "logprob": max(v.logprob, -9999.0)} for i, v in entry.items()}
         for entry in entries
     ]
+
+
+def as_sglang(entries, ids, start, k):
+    """SGLang's `meta_info`: triples from position `start` on, the first without a value."""
+    tokens, best = [[None, ids[start], None]], [None]
+    for token, entry in zip(ids[start + 1 :], entries[start + 1 :], strict=True):
+        tokens.append([entry[token].logprob, token, None])
+        ranked = sorted(entry, key=lambda i: entry[i].rank)[:k]
+        best.append([[entry[i].logprob, i, None] for i in ranked])
+    return {"input_token_logprobs": tokens} | ({"input_top_logprobs": best} if k else {})
 
 
 class VLLM(ThreadingHTTPServer):
@@ -114,11 +124,19 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if fault is not None and fault(self):
                 return
+            sglang = self.path == "/generate"
+            ids, k = (
+                body["input_ids" if sglang else "prompt"],
+                body["top_logprobs_num" if sglang else "prompt_logprobs"],
+            )
             with server.lock:
-                entries = as_json(prompt_logprobs(server.model, body["prompt"], body["prompt_logprobs"]))
-            document = {"choices": [{"index": 0, "text": " x", "prompt_logprobs": entries}]}
+                entries = prompt_logprobs(server.model, ids, k)
+            if sglang:
+                document = {"text": "x", "meta_info": as_sglang(entries, ids, body["logprob_start_len"], k)}
+            else:
+                document = {"choices": [{"index": 0, "text": " x", "prompt_logprobs": as_json(entries)}]}
             with server.lock:
-                server.served.append(tuple(body["prompt"]))
+                server.served.append(tuple(ids))
             self.reply(server.change(document))
         finally:
             with server.lock:

@@ -204,7 +204,7 @@ void topk(const Tile& t, const Statistics& s, const Candidates& c, Workspace& w)
                     const long at = (row + i) * t.entries + e;
                     s.selected[at] = z[t.ids[at] - column];
                 }
-                topk_row(c, row + i, column, valid, z);
+                topk_row(c, row + i, column, valid, g + 1 == groups(t), z);
             }
         });
     });

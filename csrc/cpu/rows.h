@@ -127,9 +127,26 @@ inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, lo
     overwrite_entries(t, g, row, column, dz);
 }
 
-// Candidates for the row's top k: values above the k-th best so far, kept unsorted and cut back to k when the buffer is
-// full. Columns come in ascending order and the comparison is strict, so among equals the lowest id stays. Whatever does
-// not make it, or is cut, belongs to the tail and is added to its state: nothing is subtracted later.
+// Sorts as the row's candidates do: by falling value, among equals by rising id. In one integer, so that NaN has a place
+// too; -0 is 0.
+inline uint64_t candidate_key(float value, int32_t id) {
+    value += 0.0f;
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    const uint32_t rising = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return uint64_t(~rising) << 32 | uint32_t(id);
+}
+inline float candidate_value(uint64_t key) {
+    const uint32_t rising = ~uint32_t(key >> 32), bits = rising >> 31 ? rising & 0x7fffffffu : ~rising;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Candidates for the row's top k: values above the k-th best of the last cut, kept unsorted and cut back to k when the
+// buffer is full and at the end of a tile. Columns come in ascending order and the comparison is strict, so among equals
+// the lowest id stays. Whatever does not make it, or is cut, belongs to the tail and is added to its state: nothing is
+// subtracted later.
 struct Best {
     const Candidates& c;
     const long row;
@@ -139,29 +156,44 @@ struct Best {
 
     void cut() {
         if (count <= c.k) return;
-        std::vector<int32_t> order(count);
-        for (int i = 0; i < count; i++) order[i] = i;
-        std::nth_element(order.begin(), order.begin() + c.k, order.end(), [&](int a, int b) {
-            return values[a] > values[b] || (values[a] == values[b] && ids[a] < ids[b]);
-        });
-        for (auto i = order.begin() + c.k; i != order.end(); ++i)
-            absorb(c.max + row, c.sum + row, values[*i], values[*i] == -INFINITY ? 0.0f : 1.0f);
-        std::sort(order.begin(), order.begin() + c.k);  // ascending: moving down never overwrites what is still to move
-        for (long i = 0; i < c.k; i++) {
-            values[i] = values[order[i]];
-            ids[i] = ids[order[i]];
+        std::vector<uint64_t> keys(count);
+        for (long i = 0; i < count; i++) keys[i] = candidate_key(values[i], ids[i]);
+        std::nth_element(keys.begin(), keys.begin() + c.k, keys.end());
+        for (long i = 0; i < count; i++) values[i] = candidate_value(keys[i]);
+        for (long i = 0; i < c.k; i++) ids[i] = static_cast<int32_t>(keys[i]);
+        for (long i = c.k; i < count; i += kGroup) {
+            alignas(64) float dropped[kGroup];
+            for (long j = 0; j < kGroup; j++) dropped[j] = i + j < count ? values[i + j] : -INFINITY;
+            const float max = group_max(dropped);
+            absorb(c.max + row, c.sum + row, max, group_sum(dropped, reference(max)));
         }
         count = static_cast<int32_t>(c.k);
     }
-    float threshold() const { return count < c.k ? -INFINITY : *std::min_element(values, values + c.k); }
+    // The first k candidates are the best of the last cut.
+    float threshold() const {
+        if (count < c.k) return -INFINITY;
+        vf least = splat(INFINITY);
+        long i = 0;
+        for (; i + kLanes <= c.k; i += kLanes) least = -vmax(-least, -load<vf>(values + i));
+        float smallest = -horizontal_max(-least);
+        for (; i < c.k; i++) smallest = std::min(smallest, values[i]);
+        return smallest;
+    }
 };
 
-inline void topk_row(const Candidates& c, long row, long column, long valid, float* z) {
+// `last`: of the tile's groups; it leaves no more than k candidates.
+inline void topk_row(const Candidates& c, long row, long column, long valid, bool last, float* z) {
+    constexpr long kScan = 4 * kLanes;  // columns passed over at a time
     Best best{c, row};
     float threshold = c.k ? best.threshold() : INFINITY;
-    if (best.count < c.k || group_max(z) > threshold) {
-        for (long j = 0; j < valid; j++) {
-            if (best.count >= c.k && !(z[j] > threshold)) continue;
+    for (long begin = 0; begin < valid; begin += kScan) {
+        if (best.count >= c.k) {
+            vf most = load<vf>(z + begin);
+            for (long v = 1; v < kScan / kLanes; v++) most = vmax(most, load<vf>(z + begin + v * kLanes));
+            if (!(horizontal_max(most) > threshold)) continue;
+        }
+        for (long j = begin; j < std::min(begin + kScan, valid); j++) {
+            if (best.count < c.k ? z[j] != z[j] : !(z[j] > threshold)) continue;
             best.values[best.count] = z[j];
             best.ids[best.count++] = static_cast<int32_t>(column + j);
             z[j] = -INFINITY;
@@ -170,8 +202,8 @@ inline void topk_row(const Candidates& c, long row, long column, long valid, flo
                 threshold = best.threshold();
             }
         }
-        best.cut();
     }
+    if (last) best.cut();
     const float max = group_max(z);
     absorb(c.max + row, c.sum + row, max, group_sum(z, reference(max)));
 }

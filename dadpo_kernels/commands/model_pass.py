@@ -29,10 +29,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "a server runs the model",
-        "vLLM, or another that answers /v1/completions with prompt_logprobs; --model then names its tokenizer and "
-        "configuration only",
+        "vLLM, SGLang, or another that answers like one of them; --model then names its tokenizer and configuration "
+        "only",
     )
     group.add_argument("--server", metavar="URL", help="http://HOST:PORT")
+    group.add_argument(
+        "--engine",
+        choices=("vllm", "sglang"),
+        default="vllm",
+        help="its interface: /v1/completions with prompt_logprobs, or /generate with return_logprob (%(default)s)",
+    )
     group.add_argument("--served-name", metavar="NAME", help="name of the model there, if it serves several")
     group.add_argument(
         "--concurrency", type=int, default=32, metavar="N", help="requests under way at a time (%(default)s)"
@@ -74,14 +80,15 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def connect(args: argparse.Namespace) -> Any:
-    from ..teacher.server import CompletionsServer
+    from ..teacher.server import CompletionsServer, SGLangServer
 
     api_key = None
     if args.api_key_env is not None:
         api_key = os.environ.get(args.api_key_env)
         if not api_key:
             raise ValueError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
-    return CompletionsServer(args.server, model=args.served_name, api_key=api_key, timeout=args.timeout)
+    engine = {"vllm": CompletionsServer, "sglang": SGLangServer}[args.engine]
+    return engine(args.server, model=args.served_name, api_key=api_key, timeout=args.timeout)
 
 
 def print_summary(directory: Path, manifest: "Manifest") -> None:

@@ -79,11 +79,25 @@ def mask_repeated_pairs(batch: dict[str, Tensor], rank: int, loader: Any) -> Non
         rank: of this process.
         loader: accelerate's data loader, which knows whether this is its last batch.
     """
-    if loader is None or not loader.end_of_dataloader or loader.remainder < 1:
+    if loader is None or not loader.end_of_dataloader or (remainder := _remainder(loader)) < 1:
         return
     pairs = len(batch["labels"]) // 2
-    fresh = min(max(loader.remainder - rank * pairs, 0), pairs)
+    fresh = min(max(remainder - rank * pairs, 0), pairs)
     batch["labels"].view(2, pairs, -1)[:, fresh:] = -100
+
+
+def _remainder(loader: Any) -> int:
+    """Pairs that are left for the last round of batches; less than 1 if none are. accelerate forgets the number in the
+    loader of an epoch whose first batches a resumed run skips."""
+    from accelerate.data_loader import SkipBatchSampler
+
+    sampler = loader.batch_sampler
+    if not isinstance(sampler, SkipBatchSampler):
+        return loader.remainder
+    sampler = sampler.batch_sampler
+    if sampler.drop_last or not sampler.batch_size:
+        return 0
+    return len(loader.dataset) % (sampler.batch_size * getattr(sampler, "num_processes", 1))
 
 
 def check_engine(accelerator: Any, gpus: int) -> None:

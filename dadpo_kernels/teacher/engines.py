@@ -39,7 +39,7 @@ def capture_from_server(
     is kept as it comes, so that an interrupted run, resumed with the same call, sends no token twice.
 
     Args:
-        server: serves the teacher.
+        server: serves the teacher; a `CompletionsServer` or a `SGLangServer`.
         tokenizer: the teacher's, the one that made `data`. Token ids are sent, never text.
         k: top-k size; vLLM's limit is 20 unless it is started with `--max-logprobs`.
         vocab_size: of the teacher's configuration.
@@ -96,7 +96,11 @@ def _ask(
 
     def ask(i: int) -> Targets:
         ids, start = sequences[i]
-        targets = server.score(ids, wanted, lambda a: answer_targets(a, ids, start, wanted, teacher_size), stopped)
+
+        def parse(answer: Any) -> Targets:
+            return answer_targets(answer, ids, start, wanted, teacher_size)
+
+        targets = server.score(ids, start, wanted, parse, stopped)
         return fold(f"pair {shard[i // 2].index}", targets, k, vocab_size) if vocab_size < teacher_size else targets
 
     asked = {executor.submit(ask, i): i for i in range(len(sequences)) if i not in found}

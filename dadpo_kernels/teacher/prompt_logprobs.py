@@ -1,6 +1,6 @@
-"""vLLM's `prompt_logprobs`, as its Python API and its server give them, as targets of a cache.
+"""vLLM's `prompt_logprobs`, as its Python API and its server give them, as targets of a cache; and SGLang's as vLLM's.
 
-What the engine answers for a sequence (vllm/logprobs.py, vllm/v1/engine/logprobs.py): one entry a token; the first is
+What vLLM answers for a sequence (vllm/logprobs.py, vllm/v1/engine/logprobs.py): one entry a token; the first is
 None; each other one holds the k most probable ids and, if it is not among them, the realised one: k or k + 1 ids. In
 `flat_logprobs` the realised one comes first and again in its place. The server writes -inf as -9999.0. Log-softmax is
 taken over the whole vocabulary at temperature 1, and nothing here renormalises it.
@@ -69,6 +69,41 @@ def answer_targets(prompt_logprobs: Any, ids: Sequence[int], start: int, k: int,
         "topk_logps": topk.astype(np.float32),
         "topk_tail": _tail(topk, np.where(outside, label, -np.inf), vocab_size).astype(np.float32),
     }
+
+
+def from_sglang(meta_info: Any, ids: Sequence[int], start: int, k: int) -> list[dict[str, dict[str, Any]] | None]:
+    """SGLang's `meta_info`, asked for from position `start - 1` on, as the list that vLLM's server gives for `ids`.
+
+    `input_token_logprobs` holds `[logprob, id, text]` a position, the first without a value; `input_top_logprobs`, if
+    `k > 0`, a list of k of them. JSON has no -inf: null stands for it (sglang/srt/managers, `tokenizer_manager.py` and
+    the scheduler's output processor, which reports the last id of the vocabulary as 0).
+
+    Raises:
+        AnswerError: another structure, number of tokens, or token.
+    """
+    length = len(ids) - start
+    names = ("input_token_logprobs", "input_top_logprobs")[: 2 if k else 1]
+    columns = [meta_info.get(name) if isinstance(meta_info, Mapping) else None for name in names]
+    for name, column in zip(names, columns, strict=True):
+        if not isinstance(column, list) or len(column) != length + 1:
+            count = len(column) if isinstance(column, list) else "no"
+            raise AnswerError(f"{name} of {count} tokens, {length + 1} were asked for: the server scored other tokens")
+    realised, best = columns if k else (columns[0], [[]] * (length + 1))
+    found: list[dict[str, dict[str, Any]] | None] = [None] * start
+    for at, entry, listed in zip(range(start, len(ids)), realised[1:], best[1:], strict=True):
+        try:
+            value, number, *_ = entry
+            entries = {str(other): {"logprob": _number(x)} for x, other, *_ in listed}
+        except (TypeError, ValueError):
+            raise AnswerError(f"position {at} is malformed: {str(entry)[:80]}, {str(listed)[:80]}") from None
+        if number not in (ids[at], 0):
+            raise AnswerError(f"position {at} is token {ids[at]}, the server scored {str(number)[:20]}")
+        found.append({**entries, str(ids[at]): {"logprob": _number(value)}})
+    return found
+
+
+def _number(value: Any) -> Any:
+    return _MINUS_INFINITY if value is None else value
 
 
 def _tail(topk: np.ndarray, outside: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Client of an OpenAI-compatible inference server that scores prompts, as vLLM's does.
+"""Clients of inference servers that score prompts: OpenAI-compatible ones as vLLM's, and SGLang's own interface.
 
 A server's answers are untrusted: each request has a deadline and a limit on the size of its answer, and whatever comes
 back is either what was asked for or one of two errors.
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx2
 
 from .errors import AnswerError, ServerError
+from .prompt_logprobs import from_sglang
 
 T = TypeVar("T")
 _RETRIED = (408, 409, 425, 429)  # beside 5xx: the server asks for patience
@@ -41,6 +42,9 @@ class CompletionsServer:
         AnswerError: its answers stay malformed.
     """
 
+    _path = "/v1/completions"
+    _limits = "vLLM must be started with --max-logprobs {k} or more, and with a --max-model-len above {tokens} tokens"
+
     def __init__(
         self,
         url: str,
@@ -65,27 +69,34 @@ class CompletionsServer:
         self.model = model or self._only_model()
 
     def score(
-        self, ids: Sequence[int], k: int, parse: Callable[[Any], T], stopped: threading.Event | None = None
+        self, ids: Sequence[int], start: int, k: int, parse: Callable[[Any], T], stopped: threading.Event | None = None
     ) -> T:
-        """`parse(prompt_logprobs)` of a sequence. An AnswerError of `parse` counts as a malformed answer; once
-        `stopped` is set, nothing is tried again."""
-        body = {
+        """`parse(prompt_logprobs)` of a sequence whose answer begins at `start`; what comes before may be None there.
+        An AnswerError of `parse` counts as a malformed answer; once `stopped` is set, nothing is tried again."""
+
+        def parse_document(document: Any) -> T:
+            return parse(self._prompt_logprobs(document, ids, start, k))
+
+        question = self._question([int(token) for token in ids], start, k)
+        limit = 2**20 + len(ids) * (k + 2) * _BYTES_AN_ENTRY
+        hint = self._limits.format(k=k, tokens=len(ids))
+        return self._request("POST", self._path, question, limit, parse_document, stopped or threading.Event(), hint)
+
+    def _question(self, ids: list[int], start: int, k: int) -> dict[str, Any]:
+        return {
             "model": self.model,
-            "prompt": [int(token) for token in ids],
+            "prompt": ids,
             "prompt_logprobs": k,
             "max_tokens": 1,  # the least a server generates; what it generates is ignored
             "temperature": 0.0,
             "stream": False,
         }
 
-        def parse_choices(document: Any) -> T:
-            choices = document.get("choices")
-            if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-                raise AnswerError("an answer with one choice is needed")
-            return parse(choices[0].get("prompt_logprobs"))
-
-        limit = 2**20 + len(ids) * (k + 2) * _BYTES_AN_ENTRY
-        return self._request("POST", "/v1/completions", body, limit, parse_choices, stopped or threading.Event())
+    def _prompt_logprobs(self, document: dict[str, Any], ids: Sequence[int], start: int, k: int) -> Any:
+        choices = document.get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            raise AnswerError("an answer with one choice is needed")
+        return choices[0].get("prompt_logprobs")
 
     def close(self) -> None:
         self._client.close()
@@ -97,13 +108,20 @@ class CompletionsServer:
                 raise AnswerError("a list of models is needed")
             return [str(model.get("id")) for model in data]
 
-        served = self._request("GET", "/v1/models", None, 2**22, parse, threading.Event())
+        served = self._request("GET", "/v1/models", None, 2**22, parse, threading.Event(), "Check the URL")
         if len(served) != 1:
             raise ServerError(f"{self.url} serves {len(served)} models, name one of them: {', '.join(served)[:500]}")
         return served[0]
 
     def _request(
-        self, method: str, path: str, body: Any, limit: int, parse: Callable[[Any], T], stopped: threading.Event
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        limit: int,
+        parse: Callable[[Any], T],
+        stopped: threading.Event,
+        hint: str,
     ) -> T:
         delay = self._backoff
         for attempt in range(1, self._attempts + 1):
@@ -114,7 +132,7 @@ class CompletionsServer:
                     return parse(_json_object(content))
                 reason: Exception = ServerError(f"{self.url}{path} answers {status}: {_message(content)}")
                 if status < 500 and status not in _RETRIED:
-                    raise _refused(reason, status, body)
+                    raise _refused(reason, status, hint)
                 wait = max(wait, _seconds(headers.get("retry-after")))
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 reason = ServerError(f"{self.url}{path} cannot be reached: {type(error).__name__} {error}")
@@ -140,6 +158,27 @@ class CompletionsServer:
         return response.status_code, response.headers, b"".join(parts)
 
 
+class SGLangServer(CompletionsServer):
+    """`POST /generate` of SGLang with token ids and `return_logprob`, which scores the answer alone and so takes the
+    prompt from the server's prefix cache. Arguments and errors are those of `CompletionsServer`."""
+
+    _path = "/generate"
+    _limits = "SGLang must be started with a --context-length above {tokens} tokens"
+
+    def _question(self, ids: list[int], start: int, k: int) -> dict[str, Any]:
+        return {
+            "input_ids": ids,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+            "return_logprob": True,
+            "logprob_start_len": start - 1,
+            "top_logprobs_num": k,
+            "stream": False,
+        }
+
+    def _prompt_logprobs(self, document: dict[str, Any], ids: Sequence[int], start: int, k: int) -> Any:
+        return from_sglang(document.get("meta_info"), ids, start, k)
+
+
 def _json_object(content: bytes) -> dict[str, Any]:
     try:
         document = json.loads(content)
@@ -159,15 +198,9 @@ def _seconds(retry_after: str | None) -> float:
     return float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else 0.0
 
 
-def _refused(reason: Exception, status: int, body: Any) -> ServerError:
-    hint = ""
+def _refused(reason: Exception, status: int, hint: str) -> ServerError:
     if status == 404:
-        hint = ". Check the URL, and the name under which the model is served"
+        hint = "Check the URL, and the name under which the model is served"
     elif status in (401, 403):
-        hint = ". It needs an API key"
-    elif body is not None:
-        hint = (
-            f". vLLM must be started with --max-logprobs {body['prompt_logprobs']} or more, and with a "
-            f"--max-model-len above the {len(body['prompt'])} tokens sent"
-        )
-    return ServerError(f"{reason}{hint}")
+        hint = "It needs an API key"
+    return ServerError(f"{reason}. {hint}")

@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["dadpo_kernels.teacher"]):
 
 import numpy as np
 from tiny import chat_records, tiny_llama, tiny_tokenizer
-from vllm_server import as_json
+from vllm_server import as_json, as_sglang
 from vllm_server import prompt_logprobs as true_prompt_logprobs
 
 from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
@@ -35,7 +35,11 @@ from dadpo_kernels.teacher.pairs import tokenize_pairs
 K, V = 4, 320
 IDS = [1, 17, 42, 5]
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
-ANSWER = json.dumps(as_json(true_prompt_logprobs(MODEL, IDS, K))).encode()
+ENTRIES = true_prompt_logprobs(MODEL, IDS, K)
+ANSWERS = {
+    engine: json.dumps(answer).encode()
+    for engine, answer in (("vllm", as_json(ENTRIES)), ("sglang", as_sglang(ENTRIES, IDS, 0, K)))
+}
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-"))
 capture_teacher(MODEL, TOKENIZER, tokenize_pairs(chat_records(2), TOKENIZER, 40), ROOT, k=K)
 capture_reference(MODEL, TOKENIZER, ROOT)
@@ -86,9 +90,11 @@ def read_cache(name: str, content: bytes) -> None:
             (ROOT / path).write_bytes(original)
 
 
-def read_answer(content: bytes) -> None:
+def read_answer(engine: str, content: bytes) -> None:
     with contextlib.suppress(AnswerError):
         answer = server._json_object(b'{"a": ' + content + b"}")["a"]
+        if engine == "sglang":
+            answer = prompt_logprobs.from_sglang(answer, IDS, 1, K)
         targets = prompt_logprobs.answer_targets(answer, IDS, 1, K, V)
         mass = np.exp(targets["topk_logps"].astype(float)).sum(1) + np.exp(targets["topk_tail"].astype(float))
         np.testing.assert_allclose(mass, 1, atol=5e-3)
@@ -96,9 +102,9 @@ def read_answer(content: bytes) -> None:
 
 def one_input(content: bytes) -> None:
     data = atheris.FuzzedDataProvider(content)
-    name = data.PickValueInList([*FILES, "answer"])
-    if name == "answer":
-        read_answer(damage(ANSWER, data))
+    name = data.PickValueInList([*FILES, *ANSWERS])
+    if name in ANSWERS:
+        read_answer(name, damage(ANSWERS[name], data))
     else:
         read_cache(name, damage(FILES[name], data))
 
