@@ -1,42 +1,51 @@
-"""Time and memory of a whole training step, TRL's DPOTrainer against ours: `python -m benchmarks.trl_step --out FILE`.
+"""Time and memory of a whole training step, TRL's DPOTrainer against ours, on SmolLM2-135M in float32.
 
-SmolLM2-135M in float32 on the quickstart's longest pairs, TRL 1.16 with the fused head it brings, the same data, seed
-and options. Every measurement is a process of its own; the variants take turns. The first step warms up; then the
-process's high-water mark is reset before each step, so that `peak_mib` is what a step needs above the model, its
-reference and the optimizer's state: activations, gradients and the head's workspace.
+    python -m benchmarks.trl_step --out benchmarks/results/trl_step.json --repeats 3
+    python -m benchmarks.trl_step --out benchmarks/results/trl_step.json --report docs/trainers.md
 
-    {"environment": {...}, "rows": [{variant, pairs, tokens, valid_tokens, seconds, cpu_seconds, peak_mib, loss}, ...]}
+TRL 1.16 with the fused head it brings; the same pairs (the quickstart's longest), seed and options. Every measurement
+is a process of its own; the variants take turns. The first step warms up; then the process's high-water mark is reset
+before each step, so that `peak_mib` is what a step needs above the model, its reference and the optimizer's state:
+activations, gradients and the head's workspace.
 
-one row per measurement, the last four lists with an entry per step; rows of an existing file stay. `cpu_seconds` are
-of both threads together: they tell a slow step from a machine that was busy with something else.
+    {environment, pairs, tokens, valid_tokens, rows: [{variant, seconds, cpu_seconds, peak_mib, loss}]}
+
+the last four [per step] per repeat. A second run on the same machine and commit adds its repeats. `cpu_seconds` are of
+all threads together: they tell a slow step from a machine that was busy with something else.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .measure import reset_high_water_mark, resident_mib
+from .process import environment
+from .report.comparison import replace_between_markers
 
 ROOT = Path(__file__).parent.parent
 PAIRS = ROOT / "examples" / "quickstart" / "data" / "train.jsonl"
+BEGIN, END = "<!-- benchmark:trl_step -->", "<!-- /benchmark:trl_step -->"
 # The name, the trainer, and its options. LoRA leaves the head frozen.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "trl": ("trl", {}),
+    "TRL": ("trl", {}),
     "ours": ("ours", {}),
-    "ours, no token metrics": ("ours", {"token_metrics": False}),
-    "trl, lora": ("trl", {"lora": True}),
-    "ours, lora": ("ours", {"lora": True}),
+    "ours, `token_metrics=False`": ("ours", {"token_metrics": False}),
+    "TRL, LoRA": ("trl", {"lora": True}),
+    "ours, LoRA": ("ours", {"lora": True}),
 }
+MEASURED = ("seconds", "cpu_seconds", "peak_mib", "loss")
 
 
 def measure(variant: str, steps: int, pairs: int, model_dir: Path) -> dict[str, Any]:
-    """One row of the result, measured in this process."""
+    """One repeat, in this process: `MEASURED` per step, and what the batch holds."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -51,7 +60,7 @@ def measure(variant: str, steps: int, pairs: int, model_dir: Path) -> dict[str, 
     config, make = (DaDPOConfig, DaDPOTrainer) if trainer == "ours" else (DPOConfig, DPOTrainer)
     records = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda r: -len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]))
-    row: dict[str, Any] = {"variant": variant, "pairs": pairs, "seconds": [], "cpu_seconds": [], "peak_mib": []}
+    row: dict[str, Any] = {"pairs": pairs, **{name: [] for name in MEASURED}}
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -83,12 +92,43 @@ def measure(variant: str, steps: int, pairs: int, model_dir: Path) -> dict[str, 
     return row
 
 
+def add(result: dict[str, Any], variant: str, repeat: dict[str, Any]) -> None:
+    """Puts a repeat into the result, whose batch it must have seen."""
+    batch = {name: value for name, value in repeat.items() if name not in MEASURED}
+    if batch != {name: result.setdefault(name, value) for name, value in batch.items()}:
+        raise ValueError(f"the file is about other pairs than {batch}: choose another --out")
+    row = next((row for row in result["rows"] if row["variant"] == variant), None)
+    if row is None:
+        row = {"variant": variant, **{name: [] for name in MEASURED}}
+        result["rows"].append(row)
+    for name in MEASURED:
+        row[name].append(repeat[name])
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: medians over repeats and steps, and what they were measured on."""
+    lines = ["| | time of a step | processor time | memory of a step |", "|---|---:|---:|---:|"]
+    for row in result["rows"]:
+        seconds, busy, peak = (statistics.median(chain(*row[name])) for name in MEASURED[:3])
+        lines.append(f"| {row['variant']} | {seconds:.1f} s | {busy:.1f} s | {peak:,.0f} MiB |")
+    machine, repeats = result["environment"], sorted({len(row["loss"]) for row in result["rows"]})
+    return "\n".join(lines) + (
+        f"\n\nSmolLM2-135M, float32, {result['pairs']} pairs: {result['tokens']:,} tokens with padding, "
+        f"{result['valid_tokens']:,} of them answer tokens; gradient checkpointing as TRL has it by default. Memory "
+        "is the growth of the resident set over model, reference and optimizer. Medians of "
+        f"{' or '.join(map(str, repeats))} processes with {len(result['rows'][0]['loss'][0])} steps each, in turn. "
+        f"{machine['cpu']}, {machine['threads']} threads; torch {machine['versions']['torch']}, TRL "
+        f"{machine['versions']['trl']}; {machine['date']}, commit {machine['commit']}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to add rows to; without it, one row goes to stdout")
+    parser.add_argument("--out", type=Path, help="JSON file to add to; without it, one repeat goes to stdout")
+    parser.add_argument("--report", type=Path, help=f"only write the table of --out into this file, between {BEGIN}")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a process")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -97,16 +137,20 @@ def main() -> None:
 
         print(json.dumps(measure(args.variants[0], args.steps, args.pairs, smollm2_dir())))
         return
-    from .process import environment
-
-    result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
-    result["environment"] = environment(args.threads)
+    if args.report is not None:
+        text = replace_between_markers(args.report.read_text(), table(json.loads(args.out.read_text())), BEGIN, END)
+        args.report.write_text(text)
+        return
+    now = environment(args.threads)
+    result = json.loads(args.out.read_text()) if args.out.exists() else {"environment": now, "rows": []}
+    if result["environment"] != now:
+        raise ValueError(f"{args.out} was measured in another environment, {result['environment']}: start a new file")
     env = os.environ | {name: str(args.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     for variant in args.variants * args.repeats:
         command = [sys.executable, "-m", "benchmarks.trl_step", "--variants", variant, "--steps", str(args.steps)]
         command += ["--pairs", str(args.pairs)]
         done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
-        result["rows"].append(json.loads(done.stdout.splitlines()[-1]))
+        add(result, variant, json.loads(done.stdout.splitlines()[-1]))
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

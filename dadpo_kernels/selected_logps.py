@@ -11,6 +11,7 @@ one scalar per token times the softmax, with the selected entries overwritten. `
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -257,7 +258,8 @@ class Compacted:
             coefficients = logit_coefficients(self.entries, self.head, logps, summary, incoming)
             out = Grads(grad_hidden, grad_weight, grad_bias)
             if grad_tolerance is None:
-                run_gradient(self.tiles, self.plan, retained, coefficients, out)
+                plan = replace(self.plan, grad_hidden=bool(needs[0]), grad_weight=bool(needs[1]))
+                run_gradient(self.tiles, plan, retained, coefficients, out)
             else:
                 self.live(grad_tolerance, retained, len(state)).gradient(coefficients, dead, out)
         else:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .config import DaDPOConfig
-from .integrations.engines import check_engine, loss_in_forward, mask_repeated_pairs, whole_parameters
+from .integrations.engines import check_engine, check_on_first_rank, loss_in_forward, mask_repeated_pairs
 from .linear_loss import DaDPOOutput, pair_counts
 from .live_diagnostics import live_diagnostics
 from .lm_head import LMHead, check_lm_head, hidden_states, lm_head
@@ -57,9 +57,7 @@ class DaDPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         head = lm_head(model)
-        with whole_parameters(model):
-            if args.process_index == 0:  # the other ranks may hold no weights yet
-                check_lm_head(model)
+        check_on_first_rank(model, check_lm_head)
         self.linear_loss = args.loss(head.logit_scale, head.softcap)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:

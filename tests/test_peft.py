@@ -17,12 +17,12 @@ LORA = {"r": 4, "init_lora_weights": False}
 
 @pytest.fixture
 def products(monkeypatch):
-    """The gradients that the backward passes of the primitive were asked for."""
+    """The plans of the backward passes of the primitive, and the gradients that they were asked for."""
     taken = []
     run = selected_logps.run_gradient
 
     def record(tiles, plan, retained, coefficients, grads):
-        taken.append(grads)
+        taken.append((plan, grads))
         return run(tiles, plan, retained, coefficients, grads)
 
     monkeypatch.setattr(selected_logps, "run_gradient", record)
@@ -50,9 +50,10 @@ def test_lora_elsewhere_takes_the_frozen_head_plan(products):
     got = assert_patched_equals(model)
     assert got
     assert all("lora" in name for name in got)
-    (grads,) = products
+    ((plan, grads),) = products
     assert grads.weight is None
     assert grads.hidden is not None
+    assert str(plan).startswith("retain, frozen head: 2.00 products")
 
 
 def test_a_trained_copy_of_the_head_gets_the_gradient(products):
@@ -62,7 +63,9 @@ def test_a_trained_copy_of_the_head_gets_the_gradient(products):
 
     got = assert_patched_equals(model)
     assert any("lm_head.modules_to_save" in name for name in got)
-    assert products[0].weight is not None
+    plan, grads = products[0]
+    assert grads.weight is not None
+    assert plan.units == 3
 
 
 def test_disabled_adapter_uses_the_original_head():

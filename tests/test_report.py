@@ -224,8 +224,9 @@ def test_a_source_names_every_commit_and_machine(results):
 
 
 def test_a_trl_step_is_told_by_medians():
-    row = {"variant": "ours", "pairs": 4, "tokens": 80, "valid_tokens": 33, "loss": [0.5, 0.4]}
-    runs = [row | {"seconds": [s, 9.0], "cpu_seconds": [2 * s, 9.0], "peak_mib": [1234.4]} for s in (1.0, 3.0)]
-    environment = run.environment(2)
-    text = studies.trl_step({"environment": environment, "rows": runs})
-    assert "| ours | 6.0 | 7.5 | 1,234 | 0.5000 |" in text
+    row = {
+        "variant": "ours", "seconds": [[1.0, 9.0], [3.0, 9.0]], "cpu_seconds": [[2.0], [6.0]],
+        "peak_mib": [[1234.4], [1234.4]], "loss": [[0.5, 0.4], [0.5, 0.4]],
+    }  # fmt: skip
+    result = {"environment": run.environment(2), "pairs": 4, "tokens": 80, "valid_tokens": 33, "rows": [row]}
+    assert "| ours | 6.0 s | 4.0 s | 1,234 MiB |" in studies.trl_step(result)

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from test_trl_trainer import SETTINGS
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 from torch import nn
+from torch.utils._pytree import tree_map
 from trl import DPOConfig, DPOTrainer
 
 from dadpo_kernels.integrations.trl import DaDPOConfig, DaDPOTrainer
@@ -202,17 +203,44 @@ def test_resumed_run_equals_uninterrupted(cache, tmp_path):
 def test_the_model_gets_no_column_of_the_teacher_and_makes_no_logits(cache, no_reference, tmp_path):
     model, reference = tiny_llama(), tiny_llama(seed=4)
     t = trainer(PairDataset(no_reference), tmp_path, model, reference, max_steps=2)
-    calls = {}
+    calls, widths = {}, set()
     for name, watched in (("policy", model), ("reference", reference)):
         watched.register_forward_pre_hook(
             lambda module, args, kwargs, name=name: calls.setdefault(name, set(kwargs)) and None, with_kwargs=True
         )
-        watched.lm_head.register_forward_hook(
-            lambda module, args, out: pytest.fail("logits") if out.shape[-1] > 1 else None
-        )
+        watched.lm_head.register_forward_hook(lambda module, args, out: widths.update(x.shape[2:] for x in out))
     t.train()
     common = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}
     assert calls == {"policy": common | {"topk_ids"}, "reference": common}
+    assert widths == {(), (6,), (0,)}  # label and tail, the policy's top k, the reference's none
+
+
+class Rounding(nn.Module):
+    """As FSDP2 with bfloat16 does: what a forward returns is rounded."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **kwargs):
+        return tree_map(lambda x: x.bfloat16() if x.is_floating_point() else x, self.module(**kwargs))
+
+
+def test_an_engine_that_rounds_does_not_round_the_loss(no_reference, tmp_path):
+    model = tiny_llama(seed=8)
+    t = trainer(PairDataset(no_reference), tmp_path, model, tiny_llama(seed=4))
+    batch = next(iter(t.get_train_dataloader()))
+    results = []
+    for wrap in (lambda m: m, Rounding):
+        t.ref_model = wrap(getattr(t.ref_model, "module", t.ref_model))
+        loss = t._compute_loss(wrap(model), batch, False)
+        model.zero_grad()
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters()]))
+    (want, want_grads), (got, got_grads) = results
+    assert torch.equal(got, want)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()  # the gradient passes the engine, in its precision
 
 
 def test_token_metrics_can_be_left_out(cache, tmp_path):
@@ -278,6 +306,8 @@ def test_contradictions_are_refused(cache, no_reference, tmp_path):
         trainer(PairDataset(cache), tmp_path, ld_alpha=0.5)
     with pytest.raises(ValueError, match="lm_head"):
         trainer(PairDataset(cache), tmp_path, peft_config=LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"topk_ids.*outside the head's vocabulary"):
+        trainer(PairDataset(cache), tmp_path, tiny_llama(310)).train()
     t = trainer(PairDataset(cache), tmp_path)
     with pytest.raises(ValueError, match="neither this data nor the trainer has one"):
         t.evaluate(PairDataset(no_reference))

@@ -97,3 +97,15 @@ def test_options_of_trl_keep_their_meaning(options, tmp_path):
     steps = {"steps": 6}
     theirs = run(DPOTrainer, DPOConfig, tmp_path / "a", **steps, **options)
     assert_same_run(run(DaDPOTrainer, DaDPOConfig, tmp_path / "b", **steps, **options), theirs)
+
+
+def test_bfloat16_is_near_float32(tmp_path):
+    """TRL's default. Autocast makes the products in bfloat16; log-probabilities and sums stay float32."""
+    exact, ours = (
+        run(DaDPOTrainer, DaDPOConfig, tmp_path / str(bf16), steps=6, bf16=bf16).state.log_history
+        for bf16 in (False, True)
+    )
+    for a, b in zip(ours[:-1], exact[:-1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+        assert a["logps/chosen"] == pytest.approx(b["logps/chosen"], rel=0.01)
+    assert ours[0]["logps/chosen"] != exact[0]["logps/chosen"]

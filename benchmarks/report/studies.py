@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from ..trl_step import table as step_table
 from .parts import NOTHING, caption, table
 
 LIVE_COST = "python -m benchmarks.live_cost --out benchmarks/results/live_cost.json --plot docs/live_cost.png"
@@ -127,22 +128,4 @@ def capture(results: dict) -> str:
 
 
 def trl_step(results: dict) -> str:
-    names = dict.fromkeys(row["variant"] for row in results["rows"])
-    rows = []
-    for name in names:
-        runs = [row for row in results["rows"] if row["variant"] == name]
-        cells = [
-            statistics.median(value for run in runs for value in run[key])
-            for key in ("seconds", "cpu_seconds", "peak_mib")
-        ]
-        rows.append([name, *(f"{value:,.1f}" for value in cells[:2]), f"{cells[2]:,.0f}", f"{runs[0]['loss'][0]:.4f}"])
-    first = results["rows"][0]
-    return "\n\n".join(
-        [
-            f"Whole optimizer steps of SmolLM2-135M in float32, {first['pairs']} pairs, {first['tokens']:,} tokens of "
-            f"which {first['valid_tokens']:,} are answers'; medians. Memory is what a step takes above model,"
-            " reference and optimizer. The loss is that of the first step timed, the second of the run.",
-            table(["trainer", "s", "CPU s", "MiB", "loss"], rows),
-            caption(results["environment"], TRL_STEP),
-        ]
-    )
+    return "\n\n".join([step_table(results), caption(results["environment"], TRL_STEP)])

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..linear_loss import DaDPOOutput
@@ -38,9 +40,22 @@ def loss_in_forward(
         return result[0].loss
 
     hooked = _call(wrapped, model, lambda: _call(head, head, of_head, hidden()))
-    # Mixed precision may round what a forward returns: the value is the exact one, the gradient passes the hooks.
-    exact = result[0].loss
-    return result[0]._replace(loss=hooked + (exact - hooked).detach())
+    return result[0]._replace(loss=unrounded(hooked, result[0].loss))
+
+
+def unrounded(hooked: Tensor, exact: Tensor) -> Tensor:
+    """The value of `exact` behind the hooks that `hooked` has passed; mixed precision rounds what forwards return."""
+    return exact if hooked is exact else _Unrounded.apply(hooked, exact)
+
+
+class _Unrounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hooked: Tensor, exact: Tensor) -> Tensor:
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def _call(wrapped: nn.Module, module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -67,6 +82,13 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
     with zero.GatheredParameters(partitioned):
         yield
+
+
+def check_on_first_rank(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
+    """`check(model)` with whole parameters, on the first rank: the others may have loaded none (FSDP2 spreads its)."""
+    with whole_parameters(model):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            check(model)
 
 
 def mask_repeated_pairs(batch: dict[str, Tensor], rank: int, loader: Any) -> None:

@@ -3,6 +3,8 @@
 The model's own forward runs, with all it does before its head and after its loss (positions of images, router
 losses). For the duration of that call its head and its loss function are replaced: the head's stand-in turns the
 hidden states it is given into the few log-probabilities that are asked for, the other one makes them the loss.
+Engines that shard the head (FSDP2, ZeRO-3) gather it when it runs, and again for the backward of what it returns: so
+the log-probabilities are what their hooks see it return, and behind these a stand-in for logits takes their place.
 """
 
 import functools
@@ -17,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..lm_head import LMHead, check_lm_head, lm_head, unwrap
+from ..lm_head import LMHead, check_lm_head, head_module, lm_head, unwrap
 from ..selected_logps import SelectedLogps, linear_selected_logps
+from .engines import check_on_first_rank, unrounded
 
 IGNORE_INDEX = -100
 Observer = Callable[[Tensor, LMHead, Tensor], None]  # hidden [B, S, H], head, aligned labels [B, S]
@@ -67,13 +70,17 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
         TypeError, ValueError: a head or a loss that is not understood, with the reason. Two tiny forwards compare the
             model's own logits and loss with the patched ones, so call it before the model is sharded.
     """
-    check_lm_head(model)
     causal = unwrap(model)
+    head_module(causal)  # every rank refuses what it can see
 
     def with_labels(self: Any, run: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
         return selected_forward(self, run, kwargs, backend=backend, memory_budget=memory_budget)
 
-    _check_loss(causal, with_labels)
+    def check(causal: nn.Module) -> None:
+        check_lm_head(causal)
+        _check_loss(causal, with_labels)
+
+    check_on_first_rank(causal, check)
     replace_forward(causal, lambda kwargs: _labels(kwargs) is not None, with_labels)
     return model
 
@@ -125,7 +132,7 @@ def selected_forward(
     selected: list[SelectedLogps] = []
     losses: list[Tensor] = []
 
-    def head_instead(hidden: Tensor) -> Tensor:
+    def head_instead(hidden: Tensor) -> tuple[Tensor, ...]:
         _check_hidden(causal, hidden, shift_labels, again=bool(selected))
         head = lm_head(causal)
         device = head.weight.device  # with a device map, the layers may end on another one
@@ -139,7 +146,11 @@ def selected_forward(
         )  # fmt: skip
         if observe is not None:
             observe(here, head, aligned)
-        return hidden[..., :1]  # stands for the logits: whatever the model does to them, nobody reads it
+        return tuple(selected[0])
+
+    def behind_other_hooks(head: nn.Module, inputs: tuple[Tensor], hooked: tuple[Tensor, ...]) -> Tensor:
+        selected[0] = SelectedLogps(*map(unrounded, hooked, selected[0]))
+        return inputs[0][..., :1]  # stands for the logits: whatever the model does to them, nobody reads it
 
     def loss_instead(*args: Any, **kwargs: Any) -> Tensor:
         logps = selected[0].label
@@ -147,8 +158,10 @@ def selected_forward(
         losses.append(-logps.sum() / (count.to(logps.device) if isinstance(count, Tensor) else count))
         return losses[0]
 
+    head = head_module(causal)
     with ExitStack() as stack:
-        stack.enter_context(_attribute(causal.get_output_embeddings(), "forward", head_instead))
+        stack.enter_context(_attribute(head, "forward", head_instead))
+        stack.callback(head.register_forward_hook(behind_other_hooks).remove)  # the last one, so it runs last
         stack.enter_context(_attribute(causal, "_loss_function", loss_instead))
         output = run(**{"use_cache": False, **kwargs, "labels": labels, "return_dict": True})
     if not losses:

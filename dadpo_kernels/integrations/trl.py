@@ -10,7 +10,6 @@ then added to TRL's loss.
 import functools
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -19,26 +18,16 @@ import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
-from trl.trainer import dpo_trainer
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.trainer.utils import create_model_from_path
 
 from ..divergence import check_divergence_options, topk_divergence
 from ..linear_loss import Answers, pair_counts
-from ..lm_head import LMHead, check_lm_head
 from ..selected_logps import SelectedLogps
 from ..teacher.dataset import PairDataset
 from ..teacher.targets import TeacherTargets
-from ..token_statistics import linear_token_statistics
-from .patch import replace_forward, selected_forward
 from .trl_dataset import TEACHER_KEYS, PairPreferenceCollator, as_trl_dataset, cached_pairs
+from .trl_head import FusedSelectedOutput, add_fused_lm_head, instead_of_trls, run_fused
 
-# TRL's per-token outputs, by our names of them.
-_STATISTICS = {
-    "entropy": "entropy",
-    "mean_logits": "mean_logit",
-    "log_sum_sq_probs": "log_sum_sq",
-    "is_top1": "is_top1",
-}
 _TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
@@ -102,10 +91,10 @@ class DaDPOTrainer(DPOTrainer):
     reference model, and none is loaded; else TRL's is used (a copy of the model, a given `ref_model`, or with PEFT the
     model without its adapter). The teacher's terms need caches.
 
-    The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches (tested) and
-    processes (not tested yet): micro-batches with few tokens do not count more. TRL's own terms are means over pairs,
-    as in TRL. Further metrics:
-    `distill/kl`, `distill/teacher_mass` and `distill/student_mass` (the masses of the top-k), means over tokens.
+    The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches and processes:
+    micro-batches with few tokens do not count more (in evaluation, it is a mean over each batch of all processes).
+    TRL's own terms are means over pairs, as in TRL. Further metrics: `distill/kl`, `distill/teacher_mass` and
+    `distill/student_mass` (the masses of the top-k), means over tokens.
 
     Raises:
         TypeError: `args` is a plain DPOConfig.
@@ -150,9 +139,16 @@ class DaDPOTrainer(DPOTrainer):
         sets = {name: data for name, data in sets.items() if data is not None}
         for name, data in sets.items():
             _check_dataset(name, data, args)
+        ours: dict[str, Any] = {
+            "add_fused_lm_head": functools.partial(
+                add_fused_lm_head, token_metrics=args.token_metrics, backend=args.backend,
+                memory_budget=args.memory_budget,
+            )
+        }  # fmt: skip
         if args.beta == 0 or all(isinstance(data, PairDataset) and data.has_reference for data in sets.values()):
             args.precompute_ref_log_probs = True  # TRL then keeps no reference model
-        with _our_fused_lm_head(args):
+            ours["create_model_from_path"] = self._load_policy_only
+        with instead_of_trls(**ours):
             super().__init__(
                 model,
                 ref_model,
@@ -215,7 +211,7 @@ class DaDPOTrainer(DPOTrainer):
             if "labels" not in kwargs:  # TRL asks for logits, for compute_metrics
                 return model(**kwargs)
             ids = {"topk_ids": teacher.topk_ids} if teacher is not None and self.args.kl_weight else {}
-            policy_outputs.append(model(**kwargs, **ids))
+            policy_outputs.append(run_fused(model, **kwargs, **ids))
             return policy_outputs[0]
 
         # TRL reads the reference from the batch where it was precomputed. Ours is there by now in every case.
@@ -236,6 +232,10 @@ class DaDPOTrainer(DPOTrainer):
         )
         return (loss, outputs) if return_outputs else loss
 
+    def _load_policy_only(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """Not the reference, which TRL loads under FSDP all the same; it does so when the Trainer has its policy."""
+        return None if hasattr(self, "model") else create_model_from_path(*args, **kwargs)
+
     def _reference(self, inputs: dict[str, Any], teacher: TeacherTargets | None) -> None:
         """Puts `(beta ref + beta_teacher teacher) / (beta + beta_teacher)` into the batch, a sum per answer."""
         mask = inputs["completion_mask"]
@@ -249,7 +249,8 @@ class DaDPOTrainer(DPOTrainer):
                 "`dadpo reference` on the cache, or pass ref_model"
             )
         else:
-            reference = torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
+            run = functools.partial(run_fused, self.ref_model or self.model)
+            reference = torch.stack(self.compute_ref_log_probs(run, inputs))
         if teacher is not None and self.args.beta_teacher:
             told = _answer_logps(teacher, _aligned(mask), self.ld_alpha)
             reference = (self.args.beta * reference + self.args.beta_teacher * told.view(2, -1)) / self.beta
@@ -276,84 +277,15 @@ class DaDPOTrainer(DPOTrainer):
         total = per_token.masked_fill(~valid, 0).sum()
         masses = [x[rows].detach().exp().sum(-1) for x in (teacher.topk_logps, student.topk)]
         sums = torch.stack([x.masked_fill(~valid, 0).sum() for x in (per_token.detach(), *masses)])
-        means = self.accelerator.reduce(sums, "sum") / self.accelerator.reduce(valid.sum(), "sum").clamp(min=1)
+        tokens = self.accelerator.reduce(valid.sum(), "sum").clamp(min=1)
+        means = self.accelerator.reduce(sums, "sum") / tokens
         for name, mean in zip(("kl", "teacher_mass", "student_mass"), means.tolist(), strict=True):
             metrics[f"distill/{name}"].append(mean)
+        scale = self.accelerator.num_processes  # over which losses and gradients are averaged
         if self.model.training and self._step_counts is not None:
-            # The Trainer divides by the number of micro-batches, and gradients are averaged over processes.
-            scale = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-            return total * scale / self._step_counts[counted].sum().clamp(min=1)
-        return total / valid.sum().clamp(min=1)
-
-
-@dataclass
-class FusedSelectedOutput(FusedCausalLMOutput):
-    """TRL's output of a fused head, with all selected log-probabilities (`[2B, S]`, the last position 0)."""
-
-    selected_logps: Any = None
-
-
-def add_fused_lm_head(
-    model: nn.Module,
-    outputs: tuple[str, ...] = ("log_probs",),
-    *,
-    token_metrics: bool,
-    backend: str,
-    memory_budget: int | None,
-) -> None:
-    """TRL's function of this name on our primitive: `model(..., labels=labels, fused_lm_head=True)`.
-
-    Args:
-        model: a causal LM of transformers.
-        outputs: fields of TRL's FusedCausalLMOutput that are wanted.
-        token_metrics: compute those that are for logging only; else they hold zeros.
-        backend, memory_budget: see `linear_selected_logps`.
-    """
-    check_lm_head(model)
-    computed = {
-        name: field
-        for name, field in _STATISTICS.items()
-        if name in outputs and (token_metrics or name == "log_sum_sq_probs")
-    }
-
-    def fused(self: Any, run: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
-        seen: dict[str, Tensor] = {}
-
-        def observe(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
-            options = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-            statistics = linear_token_statistics(hidden, head.weight, labels, **options)  # type: ignore[arg-type]
-            seen.update({name: getattr(statistics, field) for name, field in computed.items()})
-
-        del kwargs["fused_lm_head"]
-        out = selected_forward(
-            self, run, kwargs, backend=backend, memory_budget=memory_budget, observe=observe if computed else None
-        )
-        logps = out.selected_logps.label
-        for name in outputs:
-            if name in _STATISTICS and name not in seen:
-                seen[name] = torch.zeros_like(logps, dtype=torch.bool if name == "is_top1" else logps.dtype)
-        return FusedSelectedOutput(
-            loss=out.loss,
-            log_probs=logps[:, :-1],
-            aux_loss=out.aux_loss,
-            selected_logps=out.selected_logps,
-            **{name: values[:, :-1] for name, values in seen.items()},
-        )
-
-    replace_forward(model, lambda kwargs: kwargs.get("fused_lm_head", False), fused)
-
-
-@contextmanager
-def _our_fused_lm_head(args: DaDPOConfig) -> Iterator[None]:
-    """DPOTrainer.__init__ adds TRL's fused head to its models, and may use it there: for its duration, ours."""
-    theirs = dpo_trainer.add_fused_lm_head
-    dpo_trainer.add_fused_lm_head = functools.partial(
-        add_fused_lm_head, token_metrics=args.token_metrics, backend=args.backend, memory_budget=args.memory_budget
-    )
-    try:
-        yield
-    finally:
-        dpo_trainer.add_fused_lm_head = theirs
+            tokens = self._step_counts[counted].sum().clamp(min=1)
+            scale *= self.current_gradient_accumulation_steps  # by which the Trainer divides
+        return total * scale / tokens
 
 
 def _aligned(completion_mask: Tensor) -> Tensor:

@@ -83,11 +83,13 @@ def from_sglang(meta_info: Any, ids: Sequence[int], start: int, k: int) -> list[
     """
     length = len(ids) - start
     names = ("input_token_logprobs", "input_top_logprobs")[: 2 if k else 1]
-    columns = [meta_info.get(name) if isinstance(meta_info, Mapping) else None for name in names]
-    for name, column in zip(names, columns, strict=True):
+    columns: list[list[Any]] = []
+    for name in names:
+        column = meta_info.get(name) if isinstance(meta_info, Mapping) else None
         if not isinstance(column, list) or len(column) != length + 1:
             count = len(column) if isinstance(column, list) else "no"
             raise AnswerError(f"{name} of {count} tokens, {length + 1} were asked for: the server scored other tokens")
+        columns.append(column)
     realised, best = columns if k else (columns[0], [[]] * (length + 1))
     found: list[dict[str, dict[str, Any]] | None] = [None] * start
     for at, entry, listed in zip(range(start, len(ids)), realised[1:], best[1:], strict=True):
