@@ -90,7 +90,8 @@ def from_sglang(meta_info: Any, ids: Sequence[int], start: int, k: int) -> list[
             count = len(column) if isinstance(column, list) else "no"
             raise AnswerError(f"{name} of {count} tokens, {length + 1} were asked for: the server scored other tokens")
         columns.append(column)
-    realised, best = columns if k else (columns[0], [[]] * (length + 1))
+    realised = columns[0]
+    best = columns[1] if k else [[]] * (length + 1)
     found: list[dict[str, dict[str, Any]] | None] = [None] * start
     for at, entry, listed in zip(range(start, len(ids)), realised[1:], best[1:], strict=True):
         try:
