@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import AutoTokenizer
 
-from benchmarks.run import environment
+from benchmarks.process import environment
 from dadpo_kernels.teacher.generate import write_records
 from dadpo_kernels.teacher.pairs import read_pairs
 from examples.quickstart.evaluate import measure
