@@ -16,12 +16,12 @@ BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
 NOTHING = "–"
 
 
-def replace_between_markers(text: str, table: str) -> str:
-    """`text` with `table` between `BEGIN` and `END`; ValueError unless each marker is there once, in this order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file needs one {BEGIN} and, below it, one {END}: put them where the table belongs")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    return f"{head}{BEGIN}\n{table.strip()}\n{END}{tail}"
+def replace_between_markers(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """`text` with `table` between `begin` and `end`; ValueError unless each marker is there once, in this order."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file needs one {begin} and, below it, one {end}: put them where the table belongs")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n{table.strip()}\n{end}{tail}"
 
 
 def tables(comparison: dict[str, dict]) -> str:
