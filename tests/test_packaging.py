@@ -1,8 +1,8 @@
 """What pip makes of a clean checkout, with and without compilers.
 
-The cheap half runs always. DADPO_PACKAGING=1 adds the other: installs through pip's build isolation, each into an
-environment of its own, for minutes and from the package index. TORCH_PYTHON names a Python with another PyTorch, on
-which the wheel's CPU tests are run too.
+The cheap half runs always. DADPO_PACKAGING=1 adds the other: builds and installs through build isolation, each in an
+environment of its own, for minutes and from the package index. TORCH_PYTHON names further Pythons (as PATH does) that
+have PyTorch, numpy, pytest and hypothesis: the wheel's CPU tests run on each.
 """
 
 import os
@@ -130,20 +130,17 @@ CASES = {
 @thorough
 @pytest.mark.parametrize("case", CASES)
 def test_install_into_a_clean_environment(checkout, tmp_path, case):
-    """`pip install .` with build isolation; PyTorch is lent from here, to save the download."""
+    """`pip install .`; PyTorch is lent from here, to save the download."""
     missing, modules = CASES[case]
     if "_cuda" in modules and not shutil.which("nvcc"):
         pytest.skip("no nvcc here")
     environment = without(missing, tmp_path / "bin")
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
+    own = shutil.copytree(checkout, tmp_path / "checkout")  # pip builds in place: nothing must be left of another case
+    python = clean_python(tmp_path)
     start = time.time()
-    command = [python, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "-w", tmp_path / "wheel", "."]
-    subprocess.run(command, cwd=checkout, env=environment, check=True)
-    wheel = next((tmp_path / "wheel").iterdir())
-    print(f"\n{case}: built in {time.time() - start:.0f} s, {wheel.stat().st_size / 2**20:.2f} MiB, {wheel.name}")
-    check_contents(wheel, modules)
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", wheel], check=True)
+    command = [python, "-m", "pip", "install", "--no-deps", "--no-cache-dir", "."]
+    subprocess.run(command, cwd=own, env=environment, check=True)
+    print(f"\n{case}: installed in {time.time() - start:.0f} s")
     lend_packages(python, Path(torch.__file__).parents[1])
     text = subprocess.run(
         [python, "-P", "-m", "dadpo_kernels.cli", "doctor"],
@@ -151,11 +148,40 @@ def test_install_into_a_clean_environment(checkout, tmp_path, case):
     ).stdout  # fmt: skip
     for name in ("_cpu", "_cuda"):
         assert (f"{name}: not built" in text) == (name not in modules), text
-    for other in filter(None, [os.environ.get("TORCH_PYTHON")]):
-        if modules:
-            run_tests(Path(other), wheel, tmp_path)
-    if modules:
-        run_tests(Path(sys.executable), wheel, tmp_path)
+
+
+@thorough
+def test_build_makes_an_sdist_and_a_wheel_for_every_pytorch(checkout, tmp_path):
+    """`python -m build`: the wheel is made from the sdist; then its tests, on this PyTorch and on those of others."""
+    python = clean_python(tmp_path)
+    subprocess.run([python, "-m", "pip", "install", "build"], check=True)
+    start = time.time()
+    subprocess.run([python, "-m", "build", "--outdir", tmp_path / "dist", checkout], check=True)
+    print(f"\nbuilt in {time.time() - start:.0f} s")
+    for made in sorted((tmp_path / "dist").iterdir()):
+        print(f"{made.stat().st_size / 2**20:.2f} MiB {made.name}")
+    (archive,), (wheel,) = ((tmp_path / "dist").glob(pattern) for pattern in ("*.tar.gz", "*.whl"))
+    with tarfile.open(archive) as opened:
+        assert {name.split("/", 1)[-1] for name in opened.getnames()}.issuperset(SOURCES)
+    check_contents(wheel, {"_cpu", "_cuda"} if shutil.which("nvcc") else {"_cpu"})
+    run_tests(Path(sys.executable), wheel, tmp_path / "here")
+    for n, other in enumerate(filter(None, os.environ.get("TORCH_PYTHON", "").split(os.pathsep))):
+        run_tests(Path(other), wheel_for(other, wheel, archive, tmp_path / f"wheel-{n}"), tmp_path / f"other-{n}")
+
+
+def clean_python(directory: Path) -> Path:
+    venv.create(directory / "venv", with_pip=True)
+    return directory / "venv" / "bin" / "python"
+
+
+def wheel_for(python: str, wheel: Path, archive: Path, directory: Path) -> Path:
+    """The same wheel for the same version of Python, whatever its PyTorch; for another one its own, of the sdist."""
+    code = "import sys; print('cp%d%d' % sys.version_info[:2])"
+    tag = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    if tag in wheel.name:
+        return wheel
+    subprocess.run([python, "-m", "pip", "wheel", "--no-deps", "-w", directory, archive], check=True)
+    return next(directory.iterdir())
 
 
 def lend_packages(python: Path, packages: Path) -> None:
@@ -166,10 +192,12 @@ def lend_packages(python: Path, packages: Path) -> None:
 
 def run_tests(python: Path, wheel: Path, directory: Path) -> None:
     """The wheel's CPU tests, from a directory in which there is no source to import instead."""
-    here = directory / f"tests-{python.parent.parent.name}"
-    shutil.copytree(ROOT / "tests", here / "tests")
-    zipfile.ZipFile(wheel).extractall(here / "installed")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "installed"), str(here / "tests")])}
-    files = [here / "tests" / f"test_{n}.py" for n in ("selected_logps", "topk_logps", "objective", "divergence")]
-    command = [python, "-P", "-m", "pytest", "-q", "-k", "not real and not agrees", "--rootdir", here, *files]
-    subprocess.run(command, env=environment, cwd=here, check=True)
+    shutil.copytree(ROOT / "tests", directory / "tests")
+    zipfile.ZipFile(wheel).extractall(directory / "installed")
+    places = [directory / "installed", directory / "tests"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
+    code = "import sys, torch, dadpo_kernels as d; print(d.__file__, 'on', torch.__version__, sys.version)"
+    subprocess.run([python, "-P", "-c", code], env=environment, cwd=directory, check=True)
+    files = [f"tests/test_{n}.py" for n in ("selected_logps", "topk_logps", "divergence", "doctor")]
+    command = [python, "-P", "-m", "pytest", "-q", "-k", "not real and not agrees", "--rootdir", directory, *files]
+    subprocess.run(command, env=environment, cwd=directory, check=True)

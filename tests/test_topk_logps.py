@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import dadpo_kernels.topk_logps as module
 from dadpo_kernels import linear_selected_logps, linear_topk_logps
-from dadpo_kernels.backends import reference
+from dadpo_kernels.backends import cpu, reference
 
 BACKENDS = [("torch", d) for d in (torch.float32, torch.bfloat16, torch.float64)] + [
     ("cpu", d) for d in (torch.float32, torch.bfloat16)
@@ -120,6 +120,19 @@ def test_nan_stays_in_its_row(backend):
     assert got.label[2].isnan()
     bias[::7] = torch.nan
     assert linear_topk_logps(hidden, weight, 20, bias=bias, backend=backend).tail.isnan().all()
+
+
+@pytest.mark.parametrize("isa", cpu._cpu.available() if cpu._cpu else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set(isa, dtype):
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(97, 77, generator=g), torch.randn(1100, 77, generator=g)
+    best = cpu._cpu.active()
+    cpu._cpu.use(isa)
+    try:
+        check(hidden, weight, 33, dtype, "cpu", torch.randint(1100, (97,), generator=g))
+    finally:
+        cpu._cpu.use(best)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
 
 
 def replace_between_markers(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """`text` with `table` between two markers; ValueError unless each is there once, in this order."""
+    """`text` with `table` between `begin` and `end`; ValueError unless each marker is there once, in this order."""
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"the file needs one {begin} and, below it, one {end}: put them where the table belongs")
     head, tail = text.split(begin)[0], text.split(end)[1]

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 #include "simd.h"
 
@@ -110,25 +111,43 @@ inline uint32_t unit(const T* p, long stride, long available) {
     return u;
 }
 
+// Swaps the off-diagonal blocks of width W in each square of 2 W: for W = 1, 2, 4, ... that transposes (Eklundh).
+template <int W, int... L>
+inline void swap_blocks(vu* rows, std::integer_sequence<int, L...>) {
+    for (int i = 0; i < kLanes; i++) {
+        if (i & W) continue;
+        const vu a = rows[i], b = rows[i + W];
+#if defined(__clang__)
+        rows[i] = __builtin_shufflevector(a, b, (L & W ? kLanes + L - W : L)...);
+        rows[i + W] = __builtin_shufflevector(a, b, (L & W ? kLanes + L : L + W)...);
+#else
+        rows[i] = __builtin_shuffle(a, b, vu{(L & W ? kLanes + L - W : L)...});
+        rows[i + W] = __builtin_shuffle(a, b, vu{(L & W ? kLanes + L : L + W)...});
+#endif
+    }
+    if constexpr (2 * W < kLanes) swap_blocks<2 * W>(rows, std::integer_sequence<int, L...>{});
+}
+
 // B panel from a matrix whose rows are the columns of B (inner dimension contiguous): weight [V, H] for the logits.
 template <typename T>
 inline void pack_panel_transposed(const T* source, long ld, long columns, long depth, uint32_t* panel) {
-    const long units = Units<T>::count(depth), whole = depth / Units<T>::per;
-    constexpr long kStep = 16;  // a square of units at a time keeps both sides in cache lines
-    for (long k0 = 0; k0 < units; k0 += kStep) {
-        const long k1 = std::min(k0 + kStep, units);
-        for (long j = 0; j < kPanel; j++) {
-            const T* row = source + j * ld;
-            for (long k = k0; k < k1; k++) {
-                uint32_t u = 0;
-                if (j < columns) {
-                    if (k < whole) memcpy(&u, row + k * Units<T>::per, 4);
-                    else u = unit(row + k * Units<T>::per, 1, depth - k * Units<T>::per);
-                }
-                panel[k * kPanel + j] = u;
+    constexpr int per = Units<T>::per;
+    const long units = Units<T>::count(depth), whole = depth / per;
+    for (long k = 0; k < units; k += kLanes)
+        for (long j = 0; j < kPanel; j += kLanes) {
+            const T* corner = source + j * ld + k * per;
+            if (j + kLanes <= columns && k + kLanes <= whole) {
+                vu rows[kLanes];
+                for (int i = 0; i < kLanes; i++) rows[i] = load<vu>(corner + i * ld);
+                swap_blocks<1>(rows, std::make_integer_sequence<int, kLanes>{});
+                for (int i = 0; i < kLanes; i++) store(panel + (k + i) * kPanel + j, rows[i]);
+                continue;
             }
+            for (long c = k; c < std::min(k + kLanes, units); c++)
+                for (long i = 0; i < kLanes; i++)
+                    panel[c * kPanel + j + i] =
+                        j + i < columns ? unit(corner + i * ld + (c - k) * per, 1, depth - c * per) : 0;
         }
-    }
 }
 
 // B panel of `units` from a matrix laid out as B itself (columns contiguous): weight [V, H] or hidden [N, H] for the
