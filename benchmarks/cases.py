@@ -93,7 +93,7 @@ def with_teacher(hidden: Tensor, weight: Tensor, labels: Tensor, top_k: int = TO
     labels[:, : labels.shape[1] // 2] = IGNORE_INDEX
     valid = labels != IGNORE_INDEX
 
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed + 1))
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed + 1)).to(hidden.device)
     scale = PERTURBATION * hidden.float().square().mean().sqrt()
     perturbed = (hidden.float() + scale * noise).to(hidden.dtype)
     at_answers = linear_topk_logps(perturbed[valid], weight, top_k, labels=labels[valid])
