@@ -10,12 +10,14 @@ thrown away when the kernels' sources or Triton change. `markdown` makes tables 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -31,10 +33,7 @@ from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Grads, Hea
 from .machine_code import CHIPS, Chip, Compiled, inspect_extension, inspect_triton
 
 ROOT = Path(__file__).parents[1]
-SOURCES = (
-    "dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py",
-    "dadpo_kernels/backends/triton_tuning.py", "csrc/c*/*",
-)  # fmt: skip
+SOURCES = ("dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py", "csrc/c*/*")
 FUSED = ("forward.statistics", "backward.logit_gradient")
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
@@ -110,21 +109,26 @@ def compile_rows(chip: Chip, dtype: torch.dtype, columns: int, variant: str) -> 
         )
 
 
-def compile_fused(chip: Chip, dtype: torch.dtype, variant: str, only_first: bool = False) -> Iterator[Compiled]:
-    """The fused kernels in the configurations that `triton_tuning` lists for them on this chip."""
+def compile_fused(
+    chip: Chip, dtype: torch.dtype, variant: str, kernel: str, config: triton_tuning.Config
+) -> Iterator[Compiled]:
+    """A fused kernel of `triton_tuning` in one configuration; that which retains also as the repair it makes."""
     # float32 is computed in pieces, which not every chip's newest unit takes.
     instructions = (chip.matrix_instruction,) if dtype != torch.float32 else ()
-    for pass_name in triton_tuning.CONFIGS:
-        choices = triton_tuning.candidates(pass_name, chip.capability // 10, dtype, VARIANTS[variant][1])
-        for config in choices[:1] if only_first else choices:
-            with compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", lambda *_, c=config: c):
-                one_pass(problem(triton_.FusedTiles, dtype, 512, variant), pass_name)
-            fused = [(name, kernel) for name, kernel in compiled.values() if name in FUSED]
-            for (name, kernel), role in zip(fused, ("", " (repair)"), strict=False):
-                yield inspect_triton(
-                    chip, kernel, instructions, name=f"{name} {pass_name}{role}", dtype=label(dtype), variant=variant,
-                    config=str(config),
-                )  # fmt: skip
+    instructions += ("cp.async.bulk.tensor",) if config.TMA else ()
+    with compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", return_value=config):
+        one_pass(problem(triton_.FusedTiles, dtype, 512, variant), kernel)
+    fused = [(name, code) for name, code in compiled.values() if name in FUSED]
+    for (name, code), role in zip(fused, ("", ", repair"), strict=False):
+        yield inspect_triton(
+            chip, code, instructions, name=f"{name}: {kernel}{role}", dtype=label(dtype), variant=variant,
+            config=str(config),
+        )  # fmt: skip
+
+
+def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[triton_tuning.Config]:
+    """The configurations that a call on this chip chooses from."""
+    return triton_tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
 
 
 def one_pass(tiles: Tiles, name: str) -> None:
@@ -144,20 +148,24 @@ def label(dtype: torch.dtype) -> str:
 
 
 def units() -> dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]:
-    """The work, in pieces of a minute at most."""
+    """The work, in pieces of seconds."""
     work: dict[str, Callable] = {}
     for capability, chip in CHIPS.items():
-        for dtype in triton_.DTYPES:
-            inputs = f"sm_{capability}, {label(dtype)}"
-            for variant, (_, width) in VARIANTS.items():
-                work[f"{inputs}, {variant}, fused"] = lambda c=chip, d=dtype, v=variant: compile_fused(c, d, v)
-                for columns in TILES if width == 64 else ():
-                    work[f"{inputs}, {variant}, {columns} columns"] = (
-                        lambda c=chip, d=dtype, n=columns, v=variant: compile_rows(c, d, n, v)
-                    )  # fmt: skip
+        for dtype, variant in itertools.product(triton_.DTYPES, VARIANTS):
+            inputs = f"sm_{capability}, {label(dtype)}, {variant}"
+            for kernel in triton_tuning.CONFIGS:
+                for config in listed(chip, kernel, dtype, variant):
+                    work[f"{inputs}, {kernel}, {config}"] = partial(
+                        compile_fused, chip, dtype, variant, kernel, config
+                    )
+        for dtype, columns in itertools.product(triton_.DTYPES, TILES):
+            # With every option of the head, which only add to what the rows hold.
+            name = f"sm_{capability}, {label(dtype)}, {columns} columns"
+            work[name] = partial(compile_rows, chip, dtype, columns, "bias, softcap")
         if cuda._cuda:
-            path = Path(cuda._cuda.__file__)
-            work[f"sm_{capability}, CUDA C++"] = lambda c=chip, p=path: inspect_extension(c, p, CUDA_THREADS)
+            work[f"sm_{capability}, CUDA C++"] = partial(
+                inspect_extension, chip, Path(cuda._cuda.__file__), CUDA_THREADS
+            )
     return work
 
 
@@ -173,12 +181,12 @@ def run(path: Path, work: dict[str, Callable[[], Iterator[Compiled] | list[Compi
     if path.exists():
         stored = json.loads(path.read_text())
         if all(stored.get(key) == results[key] for key in ("triton", "sources")):
-            results = stored
+            results["units"] = {name: rows for name, rows in stored["units"].items() if name in work}
     for name, compile_unit in work.items():
         if name not in results["units"]:
             results["units"][name] = [asdict(row) for row in compile_unit()]
             write(path, results)
-            print(f"{name}: {len(results['units'][name])} kernels", file=sys.stderr)
+            print(f"{len(results['units'])} of {len(work)}: {name}", file=sys.stderr)
     return results
 
 

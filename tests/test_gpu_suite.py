@@ -9,14 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_suite import runner, tables
+from benchmarks.gpu_suite import runner, stages, tables
 from benchmarks.gpu_suite.stages import STAGES, TINY
 
 
 @pytest.mark.parametrize("name", ["ceilings", "table", "products", "sweep", "end_to_end"])
-def test_stages_on_tiny_problems(name):
+def test_stages_on_tiny_problems(name, monkeypatch):
+    monkeypatch.setattr(stages, "WHOLE_LOSSES", ("recompute", "default", "retain", "dense"))  # not what compiles
     rows = list(STAGES[name].run(TINY))
-    assert all("error" not in row or not row["name"].startswith("dadpo-kernels") for row in rows)
+    assert all("error" not in row for row in rows), rows
     assert bool(rows) == (name != "sweep")  # the kernels it sweeps need a GPU
     json.dumps(rows)
 

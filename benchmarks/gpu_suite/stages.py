@@ -57,6 +57,9 @@ class Stage(NamedTuple):
     seconds: float
 
 
+WHOLE_LOSSES = ("recompute", "default", "retain", "dense", "trl-compacted", "liger")
+
+
 def ceilings(s: Settings) -> Iterator[dict]:
     source = torch.randn(s.copied // 4, device=s.device)  # not zeros, on which some GPUs are faster
     target = torch.empty_like(source)
@@ -239,7 +242,7 @@ def end_to_end(s: Settings) -> Iterator[dict]:
     width, vocab = next(iter(s.shapes.values()))
     hidden, weight, labels = peaked_head(s.pair_tokens, width, vocab, device=s.device)
     inputs = with_teacher(hidden.to(torch.bfloat16), weight.to(torch.bfloat16), labels, top_k=min(64, vocab // 2))
-    for name in ("recompute", "default", "retain", "dense", "trl-compacted", "liger"):
+    for name in WHOLE_LOSSES:
         variant = find_variant(name)
         for objective in variant.objectives:
 

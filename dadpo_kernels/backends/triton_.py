@@ -35,6 +35,8 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device}"
+    if torch.version.hip:
+        return "it was written for NVIDIA's GPUs, and this is a ROCm build of PyTorch"
     major = torch.cuda.get_device_properties(device).major
     return None if major >= 8 else f"it needs compute capability 8.0 or later, this device has {major}.x"
 
