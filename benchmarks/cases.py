@@ -99,7 +99,7 @@ def with_teacher(
     labels[:, : int(labels.shape[1] * masked)] = IGNORE_INDEX
     valid = labels != IGNORE_INDEX
 
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed + 1))
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed + 1)).to(hidden.device)
     scale = PERTURBATION * hidden.float().square().mean().sqrt()
     perturbed = (hidden.float() + scale * noise).to(hidden.dtype)
     at_answers = linear_topk_logps(perturbed[valid], weight, top_k, labels=labels[valid])

@@ -1,93 +1,44 @@
-"""What the Triton kernels become on three generations of GPUs, without one: `python -m benchmarks.static_report`.
+"""What the GPU kernels become on three generations of GPUs, without one: `python -m benchmarks.static_report`.
 
-The backends run on small CPU tensors while a driver that only names a target stands in for CUDA's: every launch is
-compiled with exactly the types, alignments and options that it would have on the device, and nothing is launched. From
-the machine code come registers, stack, spills, shared memory and the matrix instruction; from those the occupancy.
+The Triton backends run on small CPU tensors while a driver that only names a target stands in for CUDA's: every launch
+is compiled with exactly the types, alignments and options that it would have on the device, and nothing is launched.
+The CUDA C++ kernels are read from the extension, if it is built.
+
+The results are on disk after every unit of work, and a run that was cut off goes on behind the last one; they are
+thrown away when the kernels' sources or Triton change. `markdown` makes tables of them.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
-import re
-import subprocess
+import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.knobs import nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dadpo_kernels.backends import triton_, triton_tuning
+from dadpo_kernels.backends import cuda, triton_, triton_tuning
 from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
 
-REGISTERS_PER_SM, WARPS_PER_SM, TENSOR_COLUMNS = 65_536, 64, 512
+from .machine_code import CHIPS, Chip, Compiled, inspect_extension, inspect_triton
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py", "csrc/c*/*")
 FUSED = ("forward.statistics", "backward.logit_gradient")
-ROWS, TOP_K = 16, 64
+ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
+# What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
 VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, ragged width": (True, 72)}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What bounds a program, from the CUDA programming guide's "Compute Capabilities"."""
-
-    capability: int
-    matrix_instruction: str  # as the PTX writes it
-    shared_per_block: int
-    shared_per_sm: int
-
-    def blocks(self, registers: int, shared: int, warps: int, tensor_columns: int) -> int:
-        """Blocks that one multiprocessor holds at a time."""
-        per_warp = -(-registers * 32 // 256) * 256
-        by_registers = REGISTERS_PER_SM // 4 // per_warp * 4 // warps
-        by_shared = self.shared_per_sm // (shared + 1024)  # one KiB of every block is the system's
-        by_tensor = TENSOR_COLUMNS // tensor_columns if tensor_columns else by_registers
-        return min(WARPS_PER_SM // warps, by_registers, by_shared, by_tensor)
-
-
-CHIPS = {
-    chip.capability: chip
-    for chip in (
-        Chip(80, "mma.sync", 163 * 1024, 164 * 1024),
-        Chip(90, "wgmma.mma_async", 227 * 1024, 228 * 1024),
-        Chip(100, "tcgen05.mma", 227 * 1024, 228 * 1024),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel in one configuration on one chip."""
-
-    chip: int
-    kernel: str
-    inputs: str
-    config: str
-    registers: int
-    stack: int  # bytes
-    spills: int  # instructions that read or write local memory
-    shared: int  # bytes
-    matrix: bool  # has the chip's matrix instruction
-    blocks: int  # on a multiprocessor at a time
-    occupancy: float  # warps on a multiprocessor over the most it holds
-
-    @property
-    def complaints(self) -> list[str]:
-        """Why this configuration must not be used."""
-        chip, found = CHIPS[self.chip], []
-        if self.spills or self.stack:
-            found.append(f"{self.spills} accesses to local memory, {self.stack} bytes of stack")
-        if self.shared > chip.shared_per_block:
-            found.append(f"{self.shared} bytes of shared memory, the chip has {chip.shared_per_block}")
-        if self.kernel.startswith(FUSED) and "float32" not in self.inputs and not self.matrix:
-            found.append(f"no {chip.matrix_instruction}")
-        return found
+TILES = (4096, 16_384)  # columns
 
 
 class OfflineDriver:
@@ -108,7 +59,7 @@ class OfflineDriver:
 
 @contextmanager
 def compiling(capability: int) -> Iterator[dict]:
-    """Launches inside compile for that target and run nothing: `{kernel's name and hash: CompiledKernel}`."""
+    """Launches inside compile for that target and run nothing: `{kernel's hash: (name, CompiledKernel)}`."""
     compiled: dict = {}
     run = JITFunction.run
 
@@ -144,30 +95,40 @@ def passes(tiles: Tiles) -> None:
     for stored in (None, kept):
         tiles.statistics(0, columns, state, stored)
         tiles.gradient(0, columns, coefficients, grads, stored)
-    if type(tiles) is triton_.RowTiles:  # the fused backend uses the same
-        slots = hidden.new_zeros(ROWS, 2 * TOP_K + 1, **wide)
-        tiles.topk(0, columns, state, Best(slots, slots.to(torch.int32), slots[:, 0].to(torch.int32), TOP_K))
+    slots = hidden.new_zeros(ROWS, 2 * TOP_K + 1, **wide)
+    tiles.topk(0, columns, state, Best(slots, slots.to(torch.int32), slots[:, 0].to(torch.int32), TOP_K))
 
 
 def compile_rows(chip: Chip, dtype: torch.dtype, columns: int, variant: str) -> Iterator[Compiled]:
     """The kernels that pass over a tile of products of `columns` columns, and the small ones."""
     with compiling(chip.capability) as compiled:
-        passes(problem(triton_.RowTiles, dtype, columns, variant))
+        passes(problem(triton_.TritonTiles, dtype, columns, variant))
     for name, kernel in compiled.values():
-        yield inspect(chip, name, describe(dtype, variant), f"{columns} columns", kernel)
+        yield inspect_triton(
+            chip, kernel, (), name=name, dtype=label(dtype), variant=variant, config=f"{columns} columns"
+        )
 
 
-def compile_fused(chip: Chip, dtype: torch.dtype, variant: str, only_first: bool = False) -> Iterator[Compiled]:
-    """The fused kernels in the configurations that `triton_tuning` lists for them on this chip."""
-    for pass_name in triton_tuning.CONFIGS:
-        choices = triton_tuning.candidates(pass_name, chip.capability // 10, dtype, VARIANTS[variant][1])
-        for config in choices[:1] if only_first else choices:
-            with compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", lambda *_, c=config: c):
-                one_pass(problem(triton_.FusedTiles, dtype, 512, variant), pass_name)
-            fused = [(name, kernel) for name, kernel in compiled.values() if name in FUSED]
-            for (name, kernel), role in zip(fused, ("", " (repair)"), strict=False):
-                label = f"{name} {pass_name}{role}"
-                yield inspect(chip, label, describe(dtype, variant), "x".join(map(str, config)), kernel)
+def compile_fused(
+    chip: Chip, dtype: torch.dtype, variant: str, kernel: str, config: triton_tuning.Config
+) -> Iterator[Compiled]:
+    """A fused kernel of `triton_tuning` in one configuration; that which retains also as the repair it makes."""
+    # float32 is computed in pieces, which not every chip's newest unit takes.
+    instructions = (chip.matrix_instruction,) if dtype != torch.float32 else ()
+    instructions += ("cp.async.bulk.tensor",) if config.TMA else ()
+    with compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", return_value=config):
+        one_pass(problem(triton_.FusedTiles, dtype, 512, variant), kernel)
+    fused = [(name, code) for name, code in compiled.values() if name in FUSED]
+    for (name, code), role in zip(fused, ("", ", repair"), strict=False):
+        yield inspect_triton(
+            chip, code, instructions, name=f"{name}: {kernel}{role}", dtype=label(dtype), variant=variant,
+            config=str(config),
+        )  # fmt: skip
+
+
+def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[triton_tuning.Config]:
+    """The configurations that a call on this chip chooses from."""
+    return triton_tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
 
 
 def one_pass(tiles: Tiles, name: str) -> None:
@@ -182,67 +143,119 @@ def one_pass(tiles: Tiles, name: str) -> None:
     tiles.statistics(0, columns, state, Kept(exps, bases) if name == "retain" else None)
 
 
-def describe(dtype: torch.dtype, variant: str) -> str:
-    return f"{str(dtype).removeprefix('torch.')}, {variant}"
+def label(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def inspect(chip: Chip, name: str, inputs: str, config: str, kernel) -> Compiled:
-    """Reads the machine code with the tools that Triton ships."""
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = Path(directory) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
+def units() -> dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]:
+    """The work, in pieces of seconds."""
+    work: dict[str, Callable] = {}
+    for capability, chip in CHIPS.items():
+        for dtype, variant in itertools.product(triton_.DTYPES, VARIANTS):
+            inputs = f"sm_{capability}, {label(dtype)}, {variant}"
+            for kernel in triton_tuning.CONFIGS:
+                for config in listed(chip, kernel, dtype, variant):
+                    work[f"{inputs}, {kernel}, {config}"] = partial(
+                        compile_fused, chip, dtype, variant, kernel, config
+                    )
+        for dtype, columns in itertools.product(triton_.DTYPES, TILES):
+            # With every option of the head, which only add to what the rows hold.
+            name = f"sm_{capability}, {label(dtype)}, {columns} columns"
+            work[name] = partial(compile_rows, chip, dtype, columns, "bias, softcap")
+        if cuda._cuda:
+            work[f"sm_{capability}, CUDA C++"] = partial(
+                inspect_extension, chip, Path(cuda._cuda.__file__), CUDA_THREADS
+            )
+    return work
 
-        def dump(option: str) -> str:
-            command = [nvidia.cuobjdump.path, option, cubin]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        found = re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("--dump-resource-usage"))
-        usage = {key: int(value) for key, value in found}
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", dump("-sass")))
-    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
-    blocks = chip.blocks(usage["REG"], shared, warps, kernel.metadata.tmem_size or 0)
-    return Compiled(
-        chip.capability, name, inputs, config, usage["REG"], usage["STACK"] + usage["LOCAL"], spills, shared,
-        chip.matrix_instruction in kernel.asm["ptx"], blocks, blocks * warps / WARPS_PER_SM,
-    )  # fmt: skip
+def fingerprint() -> str:
+    """Of everything that decides what the kernels become."""
+    files = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file())
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def table(rows: list[Compiled]) -> str:
-    """Markdown, one line per kernel, inputs, configuration and chip."""
-    lines = [
-        f"Triton {triton.__version__}; nothing was run. Generated by `python -m benchmarks.static_report`.",
-        "",
-        "Configuration of fused kernels: block rows x columns x depth x group x warps x stages.",
-        "",
-        "| chip | kernel | inputs | configuration | registers | spills | shared | matrix units | blocks | occupancy |",
-        "|---|---|---|---|---:|---:|---:|---|---:|---:|",
+def run(path: Path, work: dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]) -> dict:
+    """Adds to the file what is not there yet; returns `{"triton": ..., "sources": ..., "units": {name: rows}}`."""
+    results: dict = {"triton": triton.__version__, "sources": fingerprint(), "units": {}}
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if all(stored.get(key) == results[key] for key in ("triton", "sources")):
+            results["units"] = {name: rows for name, rows in stored["units"].items() if name in work}
+    for name, compile_unit in work.items():
+        if name not in results["units"]:
+            results["units"][name] = [asdict(row) for row in compile_unit()]
+            write(path, results)
+            print(f"{len(results['units'])} of {len(work)}: {name}", file=sys.stderr)
+    return results
+
+
+def write(path: Path, results: dict) -> None:
+    """One kernel a line: two versions of the file can be compared."""
+    named = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
+        for name, rows in results["units"].items()
     ]
-    for r in rows:
-        instruction = CHIPS[r.chip].matrix_instruction if r.matrix else ""
-        lines.append(
-            f"| sm_{r.chip} | {r.kernel} | {r.inputs} | {r.config} | {r.registers} | {r.spills} "
-            f"| {r.shared / 1024:.0f} KiB | {instruction} | {r.blocks} | {r.occupancy:.0%} |"
-        )
-    return "\n".join(lines) + "\n"
+    head = json.dumps({k: v for k, v in results.items() if k != "units"})[:-1]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f'{head}, "units": {{\n' + ",\n".join(named) + "\n}}\n")
+    os.replace(temporary, path)
+
+
+def compiled_rows(results: dict) -> list[Compiled]:
+    return [Compiled(**row) for rows in results["units"].values() for row in rows]
+
+
+def markdown(results: dict) -> str:
+    """The tables: a line for each kernel and configuration, the worst over the head's options in each cell."""
+    rows = compiled_rows(results)
+    bad = [f"- {row}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
+    matrix = ", ".join(f"{chip.matrix_instruction} on sm_{chip.capability}" for chip in CHIPS.values())
+    verdict = (
+        "\n".join([f"**{len(bad)} of {len(rows)} must not be used:**", "", *bad])
+        if bad
+        else f"None of the {len(rows)} spills, has a stack or asks for more shared memory than its chip has; the "
+        f"fused bfloat16 kernels use the newest matrix unit of each chip ({matrix})."
+    )
+    parts = [
+        f"Compiled with Triton {results['triton']} (CUDA C++: nvcc), not run: `python -m benchmarks.static_report`.",
+        verdict,
+        "A cell: registers of a thread / KiB of shared memory of a block / warps on a multiprocessor in percent of "
+        "the most it holds; the worst over bias, softcap and ragged widths.",
+        "**Fused kernels** (rows x columns x depth of a block; row blocks that pass over the columns together)",
+        table([row for row in rows if row.kernel.startswith(FUSED)], "configuration"),
+        "**Triton passes over a tile in memory**",
+        table([row for row in rows if row.kernel.startswith(("rows.", "topk."))], "tile"),
+        "**CUDA C++ passes**",
+        table([row for row in rows if row.kernel.startswith("cuda.")], "block"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: list[Compiled], what: str) -> str:
+    chips = " | ".join(f"sm_{chip}" for chip in CHIPS)
+    lines = [f"| kernel | dtype | {what} | {chips} |", "|---|---|---|" + "---:|" * len(CHIPS)]
+    for kernel, dtype, config in dict.fromkeys((row.kernel, row.dtype, row.config) for row in rows):
+        cells = []
+        for chip in CHIPS:
+            here = [r for r in rows if (r.chip, r.kernel, r.dtype, r.config) == (chip, kernel, dtype, config)]
+            cells.append(
+                f"{max(r.registers for r in here)} / {max(r.shared for r in here) / 1024:.0f} / "
+                f"{100 * min(r.occupancy for r in here):.0f}"
+                if here
+                else ""
+            )
+        lines.append(f"| {kernel} | {dtype} | {config} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/triton_static"), help=".md and .json")
-    parser.add_argument("--chip", type=int, choices=list(CHIPS), action="append", help="default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/static.json")
     args = parser.parse_args()
-    rows: list[Compiled] = []
-    for chip in (CHIPS[c] for c in args.chip or CHIPS):
-        for dtype in triton_.DTYPES:
-            for variant in VARIANTS:
-                for columns in (4096, 16384):
-                    rows += compile_rows(chip, dtype, columns, variant)
-                rows += compile_fused(chip, dtype, variant)
-                print(f"sm_{chip.capability} {describe(dtype, variant)}: {len(rows)} so far", file=sys.stderr)
-    args.out.with_suffix(".md").write_text(table(rows))
-    args.out.with_suffix(".json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
-    bad = [f"sm_{r.chip} {r.kernel} {r.inputs} {r.config}: {'; '.join(r.complaints)}" for r in rows if r.complaints]
-    sys.exit("\n".join(bad) or None)
+    results = run(args.out, units())
+    print(markdown(results))
+    sys.exit("\n".join(f"{row}: {row.complaints}" for row in compiled_rows(results) if row.complaints) or None)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch.library import opcheck
 import dadpo_kernels.selected_logps as module
 from dadpo_kernels import linear_topk_logps
 from dadpo_kernels.backends import BACKENDS, resolve, triton_
+from dadpo_kernels.backends.triton_tuning import CONFIGS
 from dadpo_kernels.selected_logps import plan_for
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -160,6 +161,28 @@ def test_opcheck(backend, retain):
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(module._selected_logps, args, test_utils=tests)
+
+
+@interpreted
+@pytest.mark.parametrize("plan", BUDGETS)
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "all_options"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_descriptors(monkeypatch, dtype, options, plan):
+    """Blocks copied by TMA, whose borders lie beyond the operands' in every direction."""
+    config = triton_.Config(16, 64, 16, 1, 4, 2, TMA=True)
+    monkeypatch.setattr(triton_, "choose", lambda *_: config)
+    assert_as_good_as_dense(small("triton", **options), dtype, "triton", BUDGETS[plan])
+
+
+@interpreted
+def test_sweep_of_configurations():
+    """The GPU suite's: all of Hopper's, each held against the first."""
+    from benchmarks.gpu_suite.stages import TINY, sweep
+
+    rows = list(sweep(TINY))
+    assert {row["kernel"] for row in rows} == set(CONFIGS)
+    assert all(row["ok"] for row in rows), rows
+    assert any(row["config"].endswith("TMA") for row in rows)
 
 
 @interpreted

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from . import __doc__ as description
-from .runner import run_all
+from .runner import complaints, run_all
 from .stages import FULL, STAGES, TINY, profile, run_stage
+from .tables import report
 
 
 def main() -> None:
@@ -27,7 +28,10 @@ def main() -> None:
         run_stage(args.stage, settings)
     else:
         options = ["--dry-run"] if args.dry_run else []
-        run_all({name: STAGES[name].seconds for name in args.only or STAGES}, options, args.out, args.seconds)
+        limits = {name: STAGES[name].seconds for name in args.only or STAGES}
+        results = run_all(limits, options, args.out, args.seconds)
+        print(report(results))
+        sys.exit("\n".join(complaints(results)) or None)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 The tests' policy: an error may be three times that of full float32 logits from the same operands, plus roundings.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dadpo_kernels import linear_selected_logps
+from dadpo_kernels import linear_selected_logps, linear_topk_logps
 from dadpo_kernels.backends import BACKENDS
 
 from .contenders import PLANS
@@ -21,10 +22,13 @@ def correctness(device: torch.device, many: tuple[int, int, int]) -> Iterator[di
         for dtype in (torch.bfloat16, torch.float32):
             if entry.obstacle(device, dtype) is not None:
                 continue
+            kind = {"backend": backend, "dtype": str(dtype).removeprefix("torch.")}
             for plan, budget in PLANS.items():
-                row = {"backend": backend, "plan": plan, "dtype": str(dtype).removeprefix("torch.")}
                 for case in CASES:
-                    yield row | {"case": case} | compare(problem(case, device), dtype, backend, budget)
+                    row = kind | {"plan": plan, "case": case}
+                    yield row | compare(problem(case, device), dtype, backend, budget)
+            for k in (3, 150):
+                yield kind | {"case": f"ties in the top {k}"} | compare_topk(device, dtype, backend, k)
         if entry.obstacle(device, torch.bfloat16) is None:
             for plan, budget in PLANS.items():
                 row = {"backend": backend, "plan": plan, "dtype": "bfloat16", "case": "beyond 2^31 logits"}
@@ -83,10 +87,30 @@ def compare(p: dict, dtype: torch.dtype, backend: str, budget: int | None) -> di
         allowed = 3 * (plain[name].double() - want).abs().max().item() + 16 * eps * scale
         allowed += torch.finfo(dtype).eps / 2 * scale if name.startswith("grad") else 0.0
         share = (got[name].double() - want).abs().max().item() / allowed
-        if not share <= worst:  # NaN too
-            worst, where = share, name
+        if math.isnan(share) or share > worst:
+            worst, where = math.inf if math.isnan(share) else share, name
     same = all(torch.equal(got[name], again[name]) for name in got)
     return {"error_over_allowed": worst, "worst": where, "repeatable": same, "ok": worst <= 1 and same}
+
+
+def compare_topk(device: torch.device, dtype: torch.dtype, backend: str, k: int) -> dict:
+    """Integer logits, which every dtype holds exactly: equals are everywhere, and the lowest ids win."""
+    generator = torch.Generator(device).manual_seed(3)
+    hidden, weight = (
+        torch.randint(-2, 3, shape, generator=generator, device=device).to(dtype) for shape in ((203, 8), (5003, 8))
+    )
+    labels = torch.randint(5003, (203,), generator=generator, device=device)
+    poison(device)
+    got = linear_topk_logps(hidden, weight, k, labels=labels, backend=backend)
+    want = linear_topk_logps(hidden.double(), weight.double(), k, labels=labels, backend="reference")
+    worst = 0.0
+    for a, b in zip((got.logps, got.tail, got.label), (want.logps, want.tail, want.label), strict=True):
+        assert a is not None  # labels were given
+        assert b is not None
+        allowed = 16 * torch.finfo(torch.float32).eps * b.abs().max().clamp_min(1.0).item()
+        worst = max(worst, (a.double() - b).abs().nan_to_num(torch.inf).max().item() / allowed)
+    same = torch.equal(got.ids, want.ids)
+    return {"error_over_allowed": worst, "same_ids": same, "ok": same and worst <= 1}
 
 
 def compare_last_rows(device: torch.device, many: tuple[int, int, int], backend: str, budget: int) -> dict:

@@ -16,6 +16,7 @@ from ..cases import IGNORE_INDEX
 from ..variants import RETAIN_EVERYTHING, dense_logps, trl_logps
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+COMPILED = "torch.compile"
 PLANS = {"recompute": 0, "retain": RETAIN_EVERYTHING}
 
 
@@ -73,7 +74,7 @@ def contenders(device: torch.device, dtype: torch.dtype, top_k: int) -> dict[str
     found["PyTorch eager"] = compacted(eager)
     if device.type != "cuda":  # the rest is Triton's, theirs or a compiler's
         return found
-    found["torch.compile"] = compacted(torch.compile(eager, dynamic=False))
+    found[COMPILED] = compacted(torch.compile(eager, dynamic=False))
     if not top_k:
         found |= {
             "TRL chunked": compacted(trl),

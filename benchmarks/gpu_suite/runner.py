@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -32,8 +33,11 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    gpu = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "device": gpu.name if gpu else f"CPU, {platform.machine()}",
+        "multiprocessors": gpu.multi_processor_count if gpu else None,
+        "memory_bytes": gpu.total_memory if gpu else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -66,14 +70,30 @@ def run_all(limits: dict[str, float], options: Sequence[str], path: Path, second
     return results
 
 
+def complaints(results: dict) -> list[str]:
+    """What is wrong with us: a stage that did not end by itself, a check that failed, a call that raised."""
+    found = []
+    for name, stage in results["stages"].items():
+        if stage["status"] != "complete":
+            found.append(f"{name}: {stage['status']} after {len(stage['rows'])} rows")
+        for row in stage["rows"]:
+            rival = name in ("table", "compiled", "end_to_end") and not row["name"].startswith("dadpo-kernels")
+            if not row.get("ok", True) or ("error" in row and not rival):
+                found.append(f"{name}: {row}")
+    return found
+
+
 def run_child(command: Sequence[str], seconds: float, add: Callable[[dict], None]) -> str:
-    """Passes every line of JSON that the command prints to `add`; kills it after `seconds`. Returns the status."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    """Passes every line of JSON that the command prints to `add`; kills it after `seconds`. Returns the status.
+
+    It is killed with the processes that it started: compilers that live on would hold its output open.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, process_group=0)
     late = threading.Event()
 
     def kill() -> None:
         late.set()
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(seconds, kill)
     timer.start()

@@ -1,6 +1,8 @@
 """The stages: generators of rows, ready to be cut off after any of them."""
 
 import json
+import os
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,14 +12,15 @@ import torch
 from torch import Tensor
 
 from dadpo_kernels.backends import triton_, triton_tuning
-from dadpo_kernels.backends.tiled import Coefficients, Entries, Head, State
+from dadpo_kernels.backends.row_tiles import accumulate, rounded_mm
+from dadpo_kernels.backends.tiled import Coefficients, Entries, Head, Kept, State
 from dadpo_kernels.backends.torch_ import wide_mm
 
 from ..cases import IGNORE_INDEX, peaked_head, with_teacher
 from ..variants import find_variant
 from .checks import correctness
-from .contenders import contenders
-from .timing import peak_bytes, seconds
+from .contenders import COMPILED, contenders
+from .timing import peak_bytes, seconds, times
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,11 @@ class Stage(NamedTuple):
     seconds: float
 
 
+WHOLE_LOSSES = ("recompute", "default", "retain", "dense", "trl-compacted", "liger")
+
+
 def ceilings(s: Settings) -> Iterator[dict]:
-    source = torch.zeros(s.copied // 4, device=s.device)
+    source = torch.randn(s.copied // 4, device=s.device)  # not zeros, on which some GPUs are faster
     target = torch.empty_like(source)
     copy = seconds(s.device, lambda: target.copy_(source), s.repeats)
     yield {"what": "copy", "bytes_per_second": 2 * s.copied / copy}
@@ -65,7 +71,9 @@ def ceilings(s: Settings) -> Iterator[dict]:
 
 
 def check(s: Settings) -> Iterator[dict]:
-    return correctness(s.device, s.many)
+    # The fixed configurations; `sweep` holds all others against them.
+    with mock.patch.dict(os.environ, DADPO_AUTOTUNE="0"):
+        yield from correctness(s.device, s.many)
 
 
 class Batch(NamedTuple):
@@ -89,14 +97,37 @@ def batch(s: Settings, width: int, vocab: int, top_k: int, masked: bool) -> Batc
 
 
 def table(s: Settings) -> Iterator[dict]:
-    """Forward, and forward with backward, of everyone; floors from the three products alone."""
+    """Forward, and forward with backward, of everyone, beside the three products alone."""
+    for shape, (width, vocab) in s.shapes.items():
+        yield {"shape": shape, "name": "the three products"} | attempt(
+            lambda: floor(s, batch(s, width, vocab, 0, False))  # noqa: B023
+        )
+    yield from compare(s, compiled=False)
+
+
+def compiled(s: Settings) -> Iterator[dict]:
+    """The same of `torch.compile`, whose compilations take most of the time and so come last."""
+    yield from compare(s, compiled=True)
+
+
+def compare(s: Settings, compiled: bool) -> Iterator[dict]:
     for masked in (False, True):
-        for shape, (width, vocab) in list(s.shapes.items())[: 1 if masked else None]:
-            for top_k in s.top_k:
+        for top_k in s.top_k:
+            for shape, (width, vocab) in list(s.shapes.items())[: 1 if masked else None]:
                 data = batch(s, width, vocab, top_k, masked)
                 for name, loss in contenders(s.device, data.hidden.dtype, top_k).items():
-                    row = {"shape": shape, "top_k": top_k, "masked": masked, "name": name}
-                    yield row | attempt(lambda: measured(s, loss, data))  # noqa: B023
+                    if (name == COMPILED) == compiled:
+                        row = {"shape": shape, "top_k": top_k, "masked": masked, "name": name}
+                        yield row | attempt(lambda: measured(s, loss, data))  # noqa: B023
+
+
+def floor(s: Settings, data: Batch) -> dict:
+    def products() -> None:
+        z = data.hidden @ data.weight.T
+        _ = z @ data.weight, z.T @ data.hidden
+
+    time = seconds(s.device, products, s.repeats)
+    return {"both_seconds": time, "both_flops": 6 * s.tokens * data.weight.numel() / time}
 
 
 def measured(s: Settings, loss: Callable[..., Tensor], data: Batch) -> dict:
@@ -114,12 +145,13 @@ def measured(s: Settings, loss: Callable[..., Tensor], data: Batch) -> dict:
     hidden.grad = weight.grad = None
     peak = peak_bytes(s.device, both)
     gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
-    unit = 2 * s.tokens * weight.numel()
-    times = {"forward": seconds(s.device, forward, s.repeats), "both": seconds(s.device, both, s.repeats)}
+    passes = times(s.device, both, s.repeats)
+    time = statistics.median(passes)
     return {
-        "forward_seconds": times["forward"],
-        "both_seconds": times["both"],
-        "both_flops": 3 * unit / times["both"],  # the products that the task needs, whatever else was computed
+        "forward_seconds": seconds(s.device, forward, s.repeats),
+        "both_seconds": time,
+        "both_slowest_seconds": max(passes),
+        "both_flops": 6 * s.tokens * weight.numel() / time,  # that the task needs, whatever else was computed
         "peak_bytes_above_gradients": None if peak is None else peak - gradients,
     }
 
@@ -134,17 +166,18 @@ def attempt(run: Callable[[], dict]) -> dict:
 
 
 def products(s: Settings) -> Iterator[dict]:
-    """The three products of a tile, by width of the tile: what the choice of WORKSPACE rests on."""
+    """The products of a tile, by width of the tile: what the choice of WORKSPACE and STRIP rests on."""
     for shape, (width, vocab) in s.shapes.items():
         data = batch(s, width, vocab, 0, False)
         total = torch.zeros(s.tokens, width, device=s.device)
         for columns in dict.fromkeys(min(c, vocab) for c in (2048, 4096, 8192, 16_384, 32_768)):
-            tile, dz = data.weight[:columns], data.hidden.new_zeros(s.tokens, columns)
-            out = torch.empty_like(tile)
+            tile = data.weight[:columns]
+            dz, out = torch.randn(s.tokens, columns, device=s.device).to(tile.dtype), torch.empty_like(tile)
             runs = {
                 "logits": lambda: wide_mm(data.hidden, tile.T),  # noqa: B023
-                "grad_hidden": lambda: triton_.accumulate(total, dz, tile),  # noqa: B023
-                "grad_weight": lambda: torch.mm(dz.T, data.hidden, out=out),  # noqa: B023
+                "grad_hidden": lambda: accumulate(total, dz, tile),  # noqa: B023
+                "grad_weight": lambda: rounded_mm(dz.T, data.hidden, out),  # noqa: B023
+                "grad_weight, rounded by cuBLAS": lambda: torch.mm(dz.T, data.hidden, out=out),  # noqa: B023
             }
             for name, run in runs.items():
                 time = seconds(s.device, run, s.repeats)
@@ -153,38 +186,63 @@ def products(s: Settings) -> Iterator[dict]:
 
 
 def sweep(s: Settings) -> Iterator[dict]:
-    """Every configuration of every fused kernel, on one tile."""
+    """Every configuration of every fused kernel on one tile: its time, and how far it is from the fixed one."""
     if triton_.obstacle(s.device, torch.bfloat16):
         return
-    major = torch.cuda.get_device_properties(s.device).major
+    # The interpreter, which the tests run this with, takes any list.
+    major = torch.cuda.get_device_properties(s.device).major if s.device.type == "cuda" else 9
     for shape, (width, vocab) in s.shapes.items():
-        data = batch(s, width, vocab, 64, False)
-        entries = Entries.merge(data.labels, data.topk_ids)
-        tiles = triton_.FusedTiles(data.hidden, Head(data.weight, None, 1.0, None, 1.0), entries)
-        columns = min(vocab, tiles.tile_columns(s.tokens, width, data.hidden.dtype))
-        state = State.new(s.tokens, 65, data.hidden)
-        zeros = torch.zeros_like(state.max)
-        coefficients = Coefficients(zeros, zeros, torch.zeros_like(state.selected))
-        runs = {
-            "statistics": lambda: tiles.statistics(0, columns, state, None),  # noqa: B023
-            "gradient": lambda: tiles.logit_gradient(0, columns, coefficients),  # noqa: B023
-        }
-        for kernel, run in runs.items():
-            for config in triton_tuning.candidates(kernel, major, data.hidden.dtype, width):
+        data = batch(s, width, vocab, min(64, vocab // 2), False)
+        tiles = triton_.FusedTiles(
+            data.hidden, Head(data.weight, None, 1.0, None, 1.0), Entries.merge(data.labels, data.topk_ids)
+        )
+        columns = min(vocab, tiles.tile_columns(s.tokens, width, torch.bfloat16))
+        for kernel, run in fused_passes(tiles, columns).items():
+            fixed = None
+            for config in triton_tuning.candidates(kernel, major, torch.bfloat16, width):
                 with mock.patch.object(triton_, "choose", lambda *_, c=config: c):
-                    row = {"shape": shape, "kernel": kernel, "config": list(config)}
-                    yield row | attempt(lambda: {"seconds": seconds(s.device, run, s.repeats)})  # noqa: B023
+                    found = attempt(lambda: timed_and_held(s, run, fixed))  # noqa: B023
+                    yield {"shape": shape, "kernel": kernel, "config": str(config)} | found
+                    if fixed is None and "error" not in found:
+                        fixed = run()
+
+
+def fused_passes(tiles: triton_.FusedTiles, columns: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """By the names in `triton_tuning`: a pass over the first tile, as it is called, and what it computes."""
+    rows, entries = tiles.entries.ids.shape
+    padded, groups = tiles.kept_shape(rows, columns)
+    kept = Kept(tiles.hidden.new_empty(rows, padded), tiles.hidden.new_empty(rows, groups, dtype=torch.float32))
+    ones = torch.ones(rows, device=tiles.hidden.device)
+    coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))
+
+    def statistics(store: Kept | None = None) -> tuple[Tensor, ...]:
+        state = State.new(rows, entries, tiles.hidden)
+        tiles.statistics(0, columns, state, store)
+        return state.max, state.sum, state.selected
+
+    return {
+        "statistics": statistics,
+        "retain": lambda: (*statistics(kept), kept.exps[:, :columns].float(), kept.bases[:, 0].clone()),
+        "gradient": lambda: (tiles.logit_gradient(0, columns, coefficients).float(),),
+    }
+
+
+def timed_and_held(s: Settings, run: Callable[[], tuple[Tensor, ...]], fixed: tuple[Tensor, ...] | None) -> dict:
+    """Largest difference from `fixed`, relative to the largest value: roundings of bfloat16 at most."""
+    time, difference = seconds(s.device, run, s.repeats), 0.0
+    for got, want in zip(run(), fixed or (), strict=fixed is not None):
+        got, want = (t.masked_fill(t == -torch.inf, 0) for t in (got, want))
+        apart = (got - want).abs().nan_to_num(torch.inf).max() / want.abs().max().clamp_min(1)
+        difference = max(difference, apart.item())
+    return {"seconds": time, "difference": difference, "ok": difference <= torch.finfo(torch.bfloat16).eps}
 
 
 def end_to_end(s: Settings) -> Iterator[dict]:
     """The whole loss, DPO with the teacher's KL, against Liger's DPO, TRL's log-probabilities and full logits."""
     width, vocab = next(iter(s.shapes.values()))
-    hidden, weight, labels = peaked_head(s.pair_tokens, width, vocab)
+    hidden, weight, labels = peaked_head(s.pair_tokens, width, vocab, device=s.device)
     inputs = with_teacher(hidden.to(torch.bfloat16), weight.to(torch.bfloat16), labels, top_k=min(64, vocab // 2))
-    teacher = type(inputs.teacher)(*(t.to(s.device) for t in inputs.teacher))
-    moved = {k: v.to(s.device) for k, v in inputs._asdict().items() if k != "teacher"}
-    inputs = type(inputs)(**moved, teacher=teacher)
-    for name in ("recompute", "default", "retain", "liger", "trl-compacted", "dense"):
+    for name in WHOLE_LOSSES:
         variant = find_variant(name)
         for objective in variant.objectives:
 
@@ -192,18 +250,21 @@ def end_to_end(s: Settings) -> Iterator[dict]:
                 h, w = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
                 variant.loss(inputs._replace(hidden=h, weight=w), objective).backward()
 
-            row = {"name": variant.label, "objective": objective}
-            yield row | attempt(lambda: {"seconds": seconds(s.device, run, s.repeats)})
-            yield row | attempt(lambda: {"peak_bytes": peak_bytes(s.device, run)})
+            def cost(run=run) -> dict:
+                return {"seconds": seconds(s.device, run, s.repeats), "peak_bytes": peak_bytes(s.device, run)}
+
+            yield {"name": variant.label, "objective": objective} | attempt(cost)
 
 
+# Together 450 seconds at most; each has left what it measured when it is cut off.
 STAGES = {
-    "ceilings": Stage(ceilings, 60),
-    "correctness": Stage(check, 120),
-    "table": Stage(table, 200),
-    "end_to_end": Stage(end_to_end, 60),
-    "products": Stage(products, 40),
-    "sweep": Stage(sweep, 60),
+    "ceilings": Stage(ceilings, 20),
+    "correctness": Stage(check, 100),
+    "table": Stage(table, 170),
+    "end_to_end": Stage(end_to_end, 50),
+    "sweep": Stage(sweep, 50),
+    "products": Stage(products, 20),
+    "compiled": Stage(compiled, 40),
 }
 
 

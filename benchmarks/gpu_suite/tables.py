@@ -53,8 +53,14 @@ def report(results: dict) -> str:
 
 
 def draw(results: dict) -> Any:
-    """Forward with backward of everyone, a panel for each shape, without top-k ids where there are such rows."""
-    rows = [row for row in results["stages"]["table"]["rows"] if "both_seconds" in row and not row["masked"]]
+    """Forward with backward of everyone, a panel for each shape, without top-k ids where there are such rows.
+
+    A line marks what the three matrix products alone take.
+    """
+    timed = [row for name in ("table", "compiled") for row in results["stages"].get(name, {"rows": []})["rows"]]
+    timed = [row for row in timed if "both_seconds" in row]
+    floors = {row["shape"]: row["both_seconds"] * 1e3 for row in timed if "top_k" not in row}
+    rows = [row for row in timed if "top_k" in row and not row["masked"]]
     least = min(row["top_k"] for row in rows)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     drawing, axes = style.figure(len(shapes), 1)
@@ -64,6 +70,8 @@ def draw(results: dict) -> Any:
         colors = [style.OURS if row["name"].startswith("dadpo") else style.RIVAL for row in shown]
         bars = panel.barh([row["name"] for row in shown], [row["both_seconds"] * 1e3 for row in shown], color=colors)
         panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        if shape in floors:
+            panel.axvline(floors[shape], color=style.LIMIT)
         panel.set(title=f"{shape}, K = {least}", xlabel="forward and backward, ms")
     return drawing
 

@@ -8,9 +8,14 @@ import torch
 
 
 def seconds(device: torch.device, run: Callable[[], object], repeats: int) -> float:
-    """Median time of a call after one that warms up: on the device's own clock where it has one."""
+    """Median time of a call after one that warms up."""
+    return statistics.median(times(device, run, repeats))
+
+
+def times(device: torch.device, run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call after one that warms up: on the device's own clock where it has one."""
     run()
-    times = []
+    found = []
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -19,12 +24,12 @@ def seconds(device: torch.device, run: Callable[[], object], repeats: int) -> fl
             run()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+            found.append(start.elapsed_time(end) / 1e3)
         else:
             begin = time.perf_counter()
             run()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+            found.append(time.perf_counter() - begin)
+    return found
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:

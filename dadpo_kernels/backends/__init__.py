@@ -26,7 +26,7 @@ class Backend(NamedTuple):
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
     "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
-    "triton_rows": Backend(triton_.RowTiles, triton_.obstacle, ("cuda",)),
+    "triton_rows": Backend(triton_.TritonTiles, triton_.obstacle, ("cuda",)),
     "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }

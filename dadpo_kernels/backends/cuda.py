@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .row_tiles import BASES, RowTiles
-from .tiled import Best, Coefficients, Entries, Head, Kept, State
+from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State
 from .torch_ import TorchTiles
 
 _cuda: Any
@@ -166,10 +166,14 @@ class CudaTiles(RowTiles):
             saved=address(outputs.get("saved")),
         )
 
-    def kept_logit_gradient(self, first: int, columns: int, coefficients: Coefficients, kept: Kept) -> Tensor:
+    def kept_gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept) -> None:
+        if self.hidden.dtype != torch.float16:
+            super().kept_gradient(first, columns, coefficients, grads, kept)
+            return
+        # float16 has no exponents to spare for entries over a factor: see csrc/cuda.
         dz = self.padded(columns, self.hidden.dtype)
         self.launch("scale_retained", self.from_kept(first, columns, coefficients, kept, dz=dz))
-        return dz
+        self.add_products(first, columns, dz, grads)
 
     @contextmanager
     def enter_values(self, first: int, columns: int, coefficients: Coefficients, kept: Kept) -> Iterator[Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .tiled import Coefficients, Entries, Grads, Head, Kept, Tiles
 from .torch_ import wide_mm
 
-WORKSPACE = 192 * 2**20  # bytes of a tile of products in float32 and of its gradient in the operands' dtype
+WORKSPACE = 128 * 2**20  # bytes of a tile of products in float32 and of its gradient in the operands' dtype
+STRIP = 32 * 2**20  # bytes of a weight gradient in float32, less than a large GPU's L2 cache
 COLUMNS = 8  # rows of a tile start at multiples of this many columns, for 16-byte accesses
 BASES = 4  # floats a row: so that the exponentials behind the bases start at a multiple of 16 bytes
 
@@ -26,9 +27,28 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
+def rounded_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`, summed in float32 and rounded once.
+
+    Left to itself, cuBLAS may split a sum and round its parts (PyTorch allows it by default: see its switch
+    `allow_bf16_reduced_precision_reduction`). A strip of the product in float32 stays in cache until it is rounded.
+    """
+    if out.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+        return
+    rows = max(256, STRIP // (4 * out.shape[1]) // 256 * 256)
+    for strip in (slice(first, first + rows) for first in range(0, len(out), rows)):
+        out[strip] = wide_mm(a[strip], b)
+
+
 def whole(columns: int) -> int:
     """`columns`, rounded up to what rows are padded to."""
     return -(-columns // COLUMNS) * COLUMNS
+
+
+def strip_bytes(columns: int, width: int, dtype: torch.dtype) -> int:
+    """What `rounded_mm` takes for a weight gradient `[columns, width]`."""
+    return min(columns * width * 4, max(STRIP, 256 * width * 4)) if dtype != torch.float32 else 0
 
 
 class RowTiles(Tiles):
@@ -50,8 +70,9 @@ class RowTiles(Tiles):
 
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
-        # The tile of products and that of its gradient; a product that is scaled before it joins hidden's gradient.
-        return rows * (whole(columns) * (4 + dtype.itemsize) + width * 4)
+        # The tile of products and that of its gradient, or a product that is scaled before it joins hidden's gradient;
+        # beside either a strip of the weight's gradient.
+        return rows * max(whole(columns) * (4 + dtype.itemsize), width * 4) + strip_bytes(columns, width, dtype)
 
     def padded(self, columns: int, dtype: torch.dtype) -> Tensor:
         """An empty `[n, columns]`."""
@@ -69,10 +90,6 @@ class RowTiles(Tiles):
         """`c exp(z - base)` times the softcap's slope, `values` at the entries: `[n, columns]` in hidden's dtype."""
 
     @abstractmethod
-    def kept_logit_gradient(self, first: int, columns: int, coefficients: Coefficients, kept: Kept) -> Tensor:
-        """The same from retained exponentials."""
-
-    @abstractmethod
     def enter_values(
         self, first: int, columns: int, coefficients: Coefficients, kept: Kept
     ) -> AbstractContextManager[Tensor]:
@@ -83,31 +100,34 @@ class RowTiles(Tiles):
         """`out[j] = sum_n factors[n] matrix[n, j]` in float32; `factors` None: all 1."""
 
     def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
-        if kept is not None and self.hidden.dtype != torch.float16:
-            # Both products read the exponentials as they lie: no pass over the tile. Not in float16: see csrc/cuda.
-            with self.enter_values(first, columns, coefficients, kept) as factors:
-                exps = kept.exps[:, :columns]
-                if grads.hidden is not None:
-                    product = wide_mm(exps, self.weight[first : first + columns])
-                    grads.hidden.addcmul_(product, factors[:, None])
-                scaled = self.hidden
-                if grads.weight is not None:
-                    scaled = (self.hidden * factors[:, None]).to(self.hidden.dtype)
-                self.head_gradient(first, columns, exps, scaled, factors, grads)
-            return
-        if kept is not None:
-            dz = self.kept_logit_gradient(first, columns, coefficients, kept)
+        if kept is None:
+            self.add_products(first, columns, self.logit_gradient(first, columns, coefficients), grads)
         else:
-            dz = self.logit_gradient(first, columns, coefficients)
+            self.kept_gradient(first, columns, coefficients, grads, kept)
+
+    def add_products(self, first: int, columns: int, dz: Tensor, grads: Grads) -> None:
+        """The tile's share of all gradients, from the gradient of its logits."""
         if grads.hidden is not None:
             accumulate(grads.hidden, dz, self.weight[first : first + columns])
         self.head_gradient(first, columns, dz, self.hidden, None, grads)
+
+    def kept_gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept) -> None:
+        """The same from retained exponentials: both products read them as they lie, with no pass over the tile."""
+        with self.enter_values(first, columns, coefficients, kept) as factors:
+            exps = kept.exps[:, :columns]
+            if grads.hidden is not None:
+                product = wide_mm(exps, self.weight[first : first + columns])
+                grads.hidden.addcmul_(product, factors[:, None])
+            scaled = self.hidden
+            if grads.weight is not None:
+                scaled = (self.hidden * factors[:, None]).to(self.hidden.dtype)
+            self.head_gradient(first, columns, exps, scaled, factors, grads)
 
     def head_gradient(
         self, first: int, columns: int, matrix: Tensor, hidden: Tensor, factors: Tensor | None, grads: Grads
     ) -> None:
         """The tile's rows of the gradients of weight and bias from `matrix [n, columns]`."""
         if grads.weight is not None:
-            torch.mm(matrix.T, hidden, out=grads.weight[first : first + columns])
+            rounded_mm(matrix.T, hidden, grads.weight[first : first + columns])
         if grads.bias is not None:
             self.column_sums(matrix, factors, grads.bias[first : first + columns])

@@ -1,27 +1,27 @@
 """Triton kernels around, or instead of, the matrix products: `triton_rows` and `triton`.
 
-`RowTiles` lets cuBLAS write a tile of products in float32 and reads it once per pass. `FusedTiles` computes the
-products in its own kernels, so that statistics, retained exponentials and the gradient of the logits leave the chip
-and the logits do not. The gradient's products are cuBLAS's in both.
+`TritonTiles` are the row tiles of `row_tiles.py` with Triton's passes over them. `FusedTiles` computes the products of
+hidden and weight in its own kernels, so that statistics, retained exponentials and the gradient of the logits leave
+the chip and the logits do not. The gradient's products are cuBLAS's in both.
 """
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
-from .torch_ import TorchTiles, finite, wide_mm
+from .row_tiles import BASES, WORKSPACE, RowTiles, strip_bytes, whole
+from .tiled import Best, Coefficients, Entries, Grads, Head, Kept, State
+from .torch_ import TorchTiles, finite
 from .triton_tuning import Config, choose
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16)
-WORKSPACE = 192 * 2**20  # bytes of a tile of products in float32 and of its gradient in the operands' dtype
 MAX_K = 2048  # of the radix select, which holds the best k in registers
-# Kept exponentials start at a multiple of 16 bytes, for cuBLAS and TMA, if the bases before them take 16 a row.
-BASES = 4
 REACH = 30.0  # e^30 < 2^44: what a guessed base may be away from a tile's largest logit
 
 
@@ -35,6 +35,8 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device}"
+    if torch.version.hip:
+        return "it was written for NVIDIA's GPUs, and this is a ROCm build of PyTorch"
     major = torch.cuda.get_device_properties(device).major
     return None if major >= 8 else f"it needs compute capability 8.0 or later, this device has {major}.x"
 
@@ -47,37 +49,26 @@ def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out += a @ b`, float32 from operands of any dtype."""
-    if a.is_cuda and a.dtype != out.dtype:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+def describe(matrix: Tensor, block: list[int]):
+    """A descriptor of `matrix` for the tensor memory accelerator, which copies it in such blocks."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, block)
 
 
-class RowTiles(Tiles):
+def describable(matrix: Tensor) -> bool:
+    """Whether `describe` takes it, and any rows of it."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+class TritonTiles(RowTiles):
     """cuBLAS products in float32, then one Triton pass over them."""
 
     def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
         super().__init__(hidden, head, entries)
-        self.rows = hidden.shape[0]
-        self.weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
         self.kernels = kernels("rows")
         self.transform = (head.scale, head.softcap or 1.0, 1 / head.temperature)
         self.softcap = head.softcap is not None
-
-    @staticmethod
-    def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
-        return max(256, min(16384, WORKSPACE // ((4 + dtype.itemsize) * max(1, rows)) // 256 * 256))
-
-    @staticmethod
-    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
-        return -(-columns // 8) * 8, BASES
-
-    @staticmethod
-    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
-        # The tile of products and that of its gradient; a product that is scaled before it joins hidden's gradient.
-        return rows * (columns * (4 + dtype.itemsize) + width * 4)
 
     def bias(self, first: int, columns: int) -> Tensor | None:
         return None if self.head.bias is None else self.head.bias[first : first + columns]
@@ -91,9 +82,6 @@ class RowTiles(Tiles):
             "ENTRIES": power_of_2(self.entries.ids.shape[1]),
             "num_warps": max(4, min(16, block // 1024)),
         }
-
-    def products(self, first: int, columns: int) -> Tensor:
-        return wide_mm(self.hidden, self.weight[first : first + columns].T)
 
     def partials(self, groups: int) -> tuple[Tensor, Tensor]:
         """Maxima and sums `[groups, n]` of the softmax over groups of a tile's columns."""
@@ -120,9 +108,8 @@ class RowTiles(Tiles):
             self.absorb(maxima, sums, state)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
-        """`[n, columns]` in the operands' dtype."""
         e, products = self.entries, self.products(first, columns)
-        dz = torch.empty_like(products, dtype=self.hidden.dtype)
+        dz = self.padded(columns, self.hidden.dtype)
         self.kernels.logit_gradient[(self.rows,)](
             products, products.stride(0), columns, first, self.bias(first, columns), *self.transform,
             e.ids, e.ids.shape[1], coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
@@ -132,40 +119,25 @@ class RowTiles(Tiles):
 
     def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
         with torch.cuda.device_of(self.hidden):
-            if kept is None:
-                dz = self.logit_gradient(first, columns, coefficients)
-                if grads.hidden is not None:
-                    accumulate(grads.hidden, dz, self.weight[first : first + columns])
-                self.grad_weight(first, columns, dz, self.hidden, None, grads)
-            else:
-                self.kept_gradient(first, columns, coefficients, grads, kept)
+            super().gradient(first, columns, coefficients, grads, kept)
 
-    def kept_gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept) -> None:
-        """Both products read the retained exponentials as they lie: no pass over the tile."""
-        e, m = self.entries, self.entries.ids.shape[1]
-        exps = kept.exps[:, :columns]
-        factors, saved = torch.empty_like(coefficients.c), torch.empty_like(e.ids, dtype=exps.dtype)
-        where = (exps, exps.stride(0), columns, first, e.ids, m)
+    @contextmanager
+    def enter_values(self, first: int, columns: int, coefficients: Coefficients, kept: Kept) -> Iterator[Tensor]:
+        c, e, m = coefficients, self.entries, self.entries.ids.shape[1]
+        factors, saved = torch.empty_like(c.c), torch.empty_like(e.ids, dtype=kept.exps.dtype)
+        where = (kept.exps, kept.exps.stride(0), columns, first, e.ids, m)
         block = {"ENTRIES": power_of_2(m), "num_warps": 1}
         self.kernels.enter_values[(self.rows,)](
-            *where, coefficients.c, coefficients.base, coefficients.values, kept.bases, BASES, factors, saved, **block
+            *where, c.c, c.base, c.values, kept.bases, BASES, factors, saved, **block
         )
-        if grads.hidden is not None:
-            grads.hidden.addcmul_(wide_mm(exps, self.weight[first : first + columns]), factors[:, None])
-        scaled = (self.hidden * factors[:, None]).to(self.hidden.dtype) if grads.weight is not None else self.hidden
-        self.grad_weight(first, columns, exps, scaled, factors, grads)
+        yield factors
         self.kernels.restore[(self.rows,)](*where, saved, **block)
 
-    def grad_weight(
-        self, first: int, columns: int, matrix: Tensor, hidden: Tensor, factors: Tensor | None, grads: Grads
-    ) -> None:
-        """The tile's rows of the gradients of weight and bias from `matrix [n, columns]`."""
-        if grads.weight is not None:
-            torch.mm(matrix.T, hidden, out=grads.weight[first : first + columns])
-        if grads.bias is not None:
-            self.kernels.column_sums[(-(-columns // 64),)](
-                matrix, matrix.stride(0), self.rows, columns, factors, grads.bias[first:], ROWS=64, COLUMNS=64
-            )
+    def column_sums(self, matrix: Tensor, factors: Tensor | None, out: Tensor) -> None:
+        columns = matrix.shape[1]
+        self.kernels.column_sums[(-(-columns // 64),)](
+            matrix, matrix.stride(0), self.rows, columns, factors, out, ROWS=64, COLUMNS=64
+        )
 
     def topk(self, first: int, columns: int, state: State, best: Best) -> None:
         if best.k > MAX_K:
@@ -182,7 +154,7 @@ class RowTiles(Tiles):
             self.absorb(maxima, sums, state)
 
 
-class FusedTiles(RowTiles):
+class FusedTiles(TritonTiles):
     """Products computed in the kernels that consume them: of a tile of logits, only what is kept leaves the chip.
 
     Retained exponentials need a base before the tile's maximum is known. It is guessed: the largest logit of the tail
@@ -196,15 +168,16 @@ class FusedTiles(RowTiles):
         self.drop = entries.in_topk.clone()
         self.drop[:, 1:] |= same  # the label comes last among equals
         self.drop[:, :-1] &= ~same
+        self.tma = describable(hidden) and describable(self.weight)
 
-    @staticmethod
-    def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
-        return max(256, min(16384, WORKSPACE // (dtype.itemsize * max(1, rows)) // 256 * 256))
+    @classmethod
+    def tile_columns(cls, rows: int, width: int, dtype: torch.dtype) -> int:
+        return max(256, min(cls.max_columns, WORKSPACE // (dtype.itemsize * max(1, rows)) // 256 * 256))
 
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
-        # The tile of the logits' gradient; a product that is scaled before it joins hidden's gradient.
-        return rows * (columns * dtype.itemsize + width * 4)
+        # As above, without the tile of products.
+        return rows * max(whole(columns) * dtype.itemsize, width * 4) + strip_bytes(columns, width, dtype)
 
     def starts(self, first: int, columns: int, block: int) -> Tensor:
         """`[blocks + 1, n]`: where each row's entries of each block of columns begin."""
@@ -216,8 +189,12 @@ class FusedTiles(RowTiles):
     def launch(self, kernel, config: Config, first: int, columns: int, *arguments) -> None:
         blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
         weight, width = self.weight[first : first + columns], self.hidden.shape[1]
+        operands = [self.hidden, weight]
+        if config.TMA:
+            heights = (config.BLOCK_M, config.BLOCK_N)
+            operands = [describe(t, [height, config.BLOCK_K]) for t, height in zip(operands, heights, strict=True)]
         kernel[(blocks,)](
-            self.hidden, self.hidden.stride(0), self.rows, weight, weight.stride(0), self.bias(first, columns),
+            operands[0], self.hidden.stride(0), self.rows, operands[1], weight.stride(0), self.bias(first, columns),
             columns, width, first, *self.transform, self.starts(first, columns, config.BLOCK_N), self.entries.ids,
             *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
         )  # fmt: skip
@@ -236,15 +213,14 @@ class FusedTiles(RowTiles):
             return parts
 
         with torch.cuda.device_of(self.hidden):
-            config = choose("retain" if kept else "statistics", self.hidden, self.softcap, run)
+            config = choose("retain" if kept else "statistics", self.hidden, self.softcap, self.tma, run)
             maxima, sums = run(config)
             self.absorb(maxima, sums, state, kept, stale)
             if kept:
                 run(config, stale)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
-        # Rows start at multiples of 16 bytes, for cuBLAS.
-        dz = torch.empty(self.rows, -(-columns // 8) * 8, dtype=self.hidden.dtype, device=self.hidden.device)
+        dz = self.padded(columns, self.hidden.dtype)
 
         def run(config: Config) -> None:
             self.launch(
@@ -252,5 +228,5 @@ class FusedTiles(RowTiles):
                 coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
             )  # fmt: skip
 
-        run(choose("gradient", self.hidden, self.softcap, run))
-        return dz[:, :columns]
+        run(choose("gradient", self.hidden, self.softcap, self.tma, run))
+        return dz

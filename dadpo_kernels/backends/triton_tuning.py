@@ -27,6 +27,19 @@ class Config(NamedTuple):
     GROUP: int
     num_warps: int
     num_stages: int
+    TMA: bool = False  # copies blocks by descriptors; needs compute capability 9.0
+
+    def __str__(self) -> str:
+        shape = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}, group {self.GROUP}"
+        return f"{shape}, {self.num_warps} warps, {self.num_stages} stages{', TMA' if self.TMA else ''}"
+
+    @property
+    def described(self) -> "Config":
+        return self._replace(TMA=True)
+
+    def shared(self, dtype: torch.dtype) -> int:
+        """Bytes of shared memory that its stages take."""
+        return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize
 
 
 SQUARE, NARROW = Config(128, 128, 64, 8, 8, 3), Config(128, 64, 64, 8, 4, 3)
@@ -35,35 +48,55 @@ SMALL = Config(64, 64, 32, 8, 4, 3)
 
 # By kernel and compute capability's major; later chips get the last.
 CONFIGS = {
-    "statistics": {8: [SQUARE, NARROW, FLAT], 9: [SQUARE, NARROW, FLAT], 10: [SQUARE, NARROW, FLAT]},
-    "retain": {8: [SQUARE, NARROW, FLAT], 9: [SQUARE, NARROW, FLAT], 10: [NARROW]},
-    "gradient": {8: [SQUARE, NARROW, FLAT], 9: [SQUARE, NARROW, FLAT, WIDE], 10: [SQUARE, NARROW, FLAT]},
+    "statistics": {
+        8: [SQUARE, NARROW, FLAT],
+        9: [SQUARE, NARROW, FLAT, SQUARE.described],
+        10: [SQUARE, NARROW, FLAT, SQUARE.described],
+    },
+    "retain": {
+        8: [SQUARE, NARROW, FLAT],
+        9: [SQUARE, NARROW, FLAT, SQUARE.described],
+        10: [NARROW, NARROW.described],
+    },
+    "gradient": {
+        8: [SQUARE, NARROW, FLAT],
+        9: [SQUARE, NARROW, FLAT, WIDE, SQUARE.described],
+        10: [SQUARE, NARROW, FLAT, SQUARE.described],
+    },
 }
 
 
-def candidates(kernel: str, major: int, dtype: torch.dtype, width: int) -> list[Config]:
+def candidates(
+    kernel: str, major: int, dtype: torch.dtype, width: int, *, tma: bool = True, shared: int = 2**31
+) -> list[Config]:
     """The list of one kernel ("statistics", "retain" or "gradient"), the fixed choice first.
 
     float32 is three products of its halves, and a width that no depth divides takes masks: both want registers.
+
+    Args:
+        tma: descriptors can be made of the operands.
+        shared: bytes of shared memory that a block may have; consumer cards have less than their generation's big one.
     """
     if dtype == torch.float32 or width % 64:
         return [SMALL]
     chips = CONFIGS[kernel]
-    return chips.get(major, chips[max(chips)])
+    choices = chips.get(major, chips[max(chips)])
+    return [config for config in choices if (tma or not config.TMA) and config.shared(dtype) <= shared]
 
 
-def choose(kernel: str, hidden: Tensor, softcap: bool, launch: Callable[[Config], object]) -> Config:
+def choose(kernel: str, hidden: Tensor, softcap: bool, tma: bool, launch: Callable[[Config], object]) -> Config:
     """The configuration for this device and shape class. `launch` runs the kernel once, without lasting effect."""
-    if not hidden.is_cuda or not len(hidden):  # the interpreter; nothing to time
-        return candidates(kernel, 8, hidden.dtype, hidden.shape[1])[0]
+    rows, width = hidden.shape
+    if not hidden.is_cuda or not rows:  # the interpreter; nothing to time
+        return candidates(kernel, 8, hidden.dtype, width)[0]
     device = torch.cuda.get_device_properties(hidden.device)
-    choices = candidates(kernel, device.major, hidden.dtype, hidden.shape[1])
+    shared = device.shared_memory_per_multiprocessor - 1024  # one KiB of every block is the system's
+    choices = candidates(kernel, device.major, hidden.dtype, width, tma=tma, shared=shared)
     if os.environ.get("DADPO_AUTOTUNE") == "0" or torch.are_deterministic_algorithms_enabled():
         return choices[0]
-    rows, width = hidden.shape
     key = (
         f"{device.name}, triton {version('triton')}, dadpo-kernels {version('dadpo-kernels')}: {kernel} "
-        f"{hidden.dtype} rows<={1 << max(0, rows - 1).bit_length()} width={width} softcap={softcap}"
+        f"{hidden.dtype} rows<={1 << max(0, rows - 1).bit_length()} width={width} softcap={softcap} tma={tma}"
     )
     return tuned(key, choices, lambda config: seconds(lambda: launch(config)))
 

@@ -16,13 +16,13 @@ def logit_gradient(
     hidden, hidden_stride, rows, weight, weight_stride, bias, columns, width, first, scale, softcap, inv_temperature,
     starts, ids, entries, c, base, values, dz, dz_stride,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`dz = c exp(z - base)`, its values at the entries (those of equal ids are equal)."""
     row_block, column_block = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     row, column, z = logit_tile(
         hidden, hidden_stride, rows, weight, weight_stride, bias, columns, width, row_block, column_block,
-        scale, softcap, inv_temperature, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        scale, softcap, inv_temperature, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA,
     )  # fmt: skip
     inside = row < rows
     d = tl.exp(z - tl.load(base + row, mask=inside, other=0.0)[:, None])

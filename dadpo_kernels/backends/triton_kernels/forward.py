@@ -16,7 +16,7 @@ def statistics(
     hidden, hidden_stride, rows, weight, weight_stride, bias, columns, width, first, scale, softcap, inv_temperature,
     starts, ids, drop, entries, selected, part_max, part_sum, exps, exps_stride, bases, bases_stride, only,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Softmax states `part_* [blocks, rows]` of the columns outside the top k, `selected` and, unless None, `exps`.
 
@@ -31,7 +31,7 @@ def statistics(
             return
     row, column, z = logit_tile(
         hidden, hidden_stride, rows, weight, weight_stride, bias, columns, width, row_block, column_block,
-        scale, softcap, inv_temperature, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        scale, softcap, inv_temperature, SOFTCAP, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA,
     )  # fmt: skip
     wide_row = row.to(tl.int64)
     here = first + column_block * BLOCK_N

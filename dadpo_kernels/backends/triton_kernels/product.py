@@ -28,17 +28,23 @@ def place(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl
 @triton.jit
 def product_tile(
     hidden, hidden_stride, rows, weight, weight_stride, columns, width, row_block, column_block,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """float32 `[BLOCK_M, BLOCK_N]`. What lies behind the end repeats the last row or column and is never stored."""
-    row = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
-    column = tl.minimum(column_block * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    a_at = hidden + row[:, None] * hidden_stride + k[None, :]
-    b_at = weight + column[None, :] * weight_stride + k[:, None]
+    """float32 `[BLOCK_M, BLOCK_N]`. What lies behind the end is never stored: it repeats the last row or column or, if
+    TMA copies the blocks of the descriptors `hidden` and `weight`, it is zero.
+    """
+    if not TMA:
+        row = tl.minimum(row_block * BLOCK_M + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
+        column = tl.minimum(column_block * BLOCK_N + tl.arange(0, BLOCK_N), columns - 1).to(tl.int64)
+        k = tl.arange(0, BLOCK_K)
+        a_at = hidden + row[:, None] * hidden_stride + k[None, :]
+        b_at = weight + column[None, :] * weight_stride + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
-        if EVEN_K:
+        if TMA:
+            a = hidden.load([row_block * BLOCK_M, start])
+            b = weight.load([column_block * BLOCK_N, start]).T
+        elif EVEN_K:
             a, b = tl.load(a_at), tl.load(b_at)
         else:
             inside = k < width - start
@@ -47,8 +53,9 @@ def product_tile(
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision="tf32x3")
-        a_at += BLOCK_K
-        b_at += BLOCK_K
+        if not TMA:
+            a_at += BLOCK_K
+            b_at += BLOCK_K
     return acc
 
 
@@ -57,11 +64,12 @@ def logit_tile(
     hidden, hidden_stride, rows, weight, weight_stride, bias, columns, width, row_block, column_block,
     scale, softcap, inv_temperature,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """`(row, column, logits)`; logits behind the last column are -inf."""
     product = product_tile(
         hidden, hidden_stride, rows, weight, weight_stride, columns, width, row_block, column_block,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, TMA,
     )  # fmt: skip
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
