@@ -85,7 +85,7 @@ def sweeps():
 def test_sweeps_measure_what_they_say(sweeps):
     first, big = sweeps["tokens"]["points"]
     assert (first["tokens"], first["valid_tokens"], first["vocab_size"], first["top_k"]) == (64, 64, 4_096, 4)
-    assert (len(first["seconds"]), len(big["seconds"])) == (3, 1)  # a big problem is called once
+    assert (len(first["seconds"]), len(big["seconds"])) == (2, 1)  # a big problem is called once
     assert first["units"] == 4
     assert first["logits_mib"] == 64 * 4_096 * 4 / 2**20
     assert first["gradient_mib"] == (64 + 4_096) * 256 * 4 / 2**20
