@@ -1,5 +1,6 @@
 """The documentation builds without a warning, and the code in it runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from tiny import tiny_llama
+
+from benchmarks import capture_report
+from benchmarks.report import replace_between_markers
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -35,6 +39,12 @@ def test_code_runs(page):
         compile(block, page.name, "exec")
     if page.name != TRAINERS:
         exec("\n".join(blocks(page)), {"__name__": page.stem, **names(page.stem)})
+
+
+def test_measured_figures_are_those_of_the_results():
+    page = (ROOT / "docs" / "teacher.md").read_text()
+    text = capture_report.report(json.loads((ROOT / "benchmarks" / "results" / "capture.json").read_text()))
+    assert page == replace_between_markers(page, text, capture_report.BEGIN, capture_report.END)
 
 
 def names(page: str) -> dict:
