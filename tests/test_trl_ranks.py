@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from ranks import run_ranks
 from safetensors.torch import load_file
-from test_engines import ROOT, deepspeed, recipe_environment
+from test_engines import ROOT, deepspeed, finish, launch, recipe_environment
 from test_trl_trainer import SETTINGS
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -60,6 +60,7 @@ def directory(tmp_path_factory, one_thread):
         capture_teacher(tiny_llama(seed=3), TOKENIZER, pairs, d / name, k=6)
     capture_reference(tiny_llama(seed=5), TOKENIZER, d / "cache")
     tiny_llama(seed=8).save_pretrained(d / "student")
+    TOKENIZER.save_pretrained(d / "student")
     return d
 
 
@@ -134,3 +135,17 @@ def test_some_pairs_are_silent_and_all_cases_learn(directory, alone):
     for case, log in alone.items():
         losses = [entry["loss"] for entry in log if "loss" in entry]
         assert sum(losses[-3:]) < 0.95 * sum(losses[:3]), case
+
+
+def test_the_example_under_accelerate_launch(directory):
+    options = {
+        "model": directory / "student", "cache": directory / "cache", "output_dir": directory / "example",
+        "beta": 0.1, "beta_teacher": 0.2, "kl_weight": 0.7, "max_steps": 2, "per_device_train_batch_size": 2,
+        "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no",
+    }  # fmt: skip
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    script = "examples/multi_gpu/trl_dpo.py"
+    finish(launch("ddp", "--num_processes", "2", "--main_process_port", "0", script, *words))
+    before, after = (load_file(directory / name / "model.safetensors") for name in ("student", "example"))
+    assert before.keys() == after.keys()
+    assert all(after[name].isfinite().all() and not torch.equal(after[name], before[name]) for name in before)

@@ -87,7 +87,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 def check_on_first_rank(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
     """`check(model)` with whole parameters, on the first rank: the others may have loaded none (FSDP2 spreads its)."""
     with whole_parameters(model):
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             check(model)
 
 
