@@ -81,17 +81,17 @@ def from_sglang(meta_info: Any, ids: Sequence[int], start: int, k: int) -> list[
     Raises:
         AnswerError: another structure, number of tokens, or token.
     """
-    length = len(ids) - start
-    names = ("input_token_logprobs", "input_top_logprobs")[: 2 if k else 1]
-    columns: list[list[Any]] = []
-    for name in names:
-        column = meta_info.get(name) if isinstance(meta_info, Mapping) else None
-        if not isinstance(column, list) or len(column) != length + 1:
-            count = len(column) if isinstance(column, list) else "no"
-            raise AnswerError(f"{name} of {count} tokens, {length + 1} were asked for: the server scored other tokens")
-        columns.append(column)
-    realised = columns[0]
-    best = columns[1] if k else [[]] * (length + 1)
+    length = len(ids) - start + 1
+
+    def column(name: str) -> list[Any]:
+        values = meta_info.get(name) if isinstance(meta_info, Mapping) else None
+        if not isinstance(values, list) or len(values) != length:
+            count = len(values) if isinstance(values, list) else "no"
+            raise AnswerError(f"{name} of {count} tokens, {length} were asked for: the server scored other tokens")
+        return values
+
+    realised = column("input_token_logprobs")
+    best = column("input_top_logprobs") if k else [[]] * length
     found: list[dict[str, dict[str, Any]] | None] = [None] * start
     for at, entry, listed in zip(range(start, len(ids)), realised[1:], best[1:], strict=True):
         try:
