@@ -38,7 +38,7 @@ FUSED = ("forward.statistics", "backward.logit_gradient")
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
 VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, ragged width": (True, 72)}
-TILES = (4096, 16_384)  # columns
+TILES = (4096, 8192)  # columns: of thousands of tokens, and of fewer
 
 
 class OfflineDriver:

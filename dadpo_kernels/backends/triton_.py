@@ -64,6 +64,8 @@ def describable(matrix: Tensor) -> bool:
 class TritonTiles(RowTiles):
     """cuBLAS products in float32, then one Triton pass over them."""
 
+    max_columns = 8192  # of a row in one program, which holds 16 of them a thread: more spill in the radix select
+
     def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
         super().__init__(hidden, head, entries)
         self.kernels = kernels("rows")
@@ -80,7 +82,7 @@ class TritonTiles(RowTiles):
             "SOFTCAP": self.softcap,
             "BLOCK": block,
             "ENTRIES": power_of_2(self.entries.ids.shape[1]),
-            "num_warps": max(4, min(16, block // 1024)),
+            "num_warps": max(4, block // 512),
         }
 
     def partials(self, groups: int) -> tuple[Tensor, Tensor]:

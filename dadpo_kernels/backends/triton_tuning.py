@@ -43,24 +43,23 @@ class Config(NamedTuple):
 
 
 SQUARE, NARROW = Config(128, 128, 64, 8, 8, 3), Config(128, 64, 64, 8, 4, 3)
-FLAT, WIDE = Config(64, 256, 64, 8, 8, 3), Config(128, 256, 64, 8, 8, 3)
-SMALL = Config(64, 64, 32, 8, 4, 3)
+FLAT, SMALL = Config(64, 256, 64, 8, 8, 3), Config(64, 64, 32, 8, 4, 3)
 
 # By kernel and compute capability's major; later chips get the last.
 CONFIGS = {
     "statistics": {
         8: [SQUARE, NARROW, FLAT],
-        9: [SQUARE, NARROW, FLAT, SQUARE.described],
+        9: [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described],
         10: [SQUARE, NARROW, FLAT, SQUARE.described],
     },
     "retain": {
         8: [SQUARE, NARROW, FLAT],
-        9: [SQUARE, NARROW, FLAT, SQUARE.described],
+        9: [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described],
         10: [NARROW, NARROW.described],
     },
     "gradient": {
         8: [SQUARE, NARROW, FLAT],
-        9: [SQUARE, NARROW, FLAT, WIDE, SQUARE.described],
+        9: [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described],
         10: [SQUARE, NARROW, FLAT, SQUARE.described],
     },
 }
