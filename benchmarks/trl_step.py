@@ -106,16 +106,20 @@ def add(result: dict[str, Any], variant: str, repeat: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: medians over repeats and steps, and what they were measured on."""
+    """Markdown: medians over repeats and steps, their ranges, and what they were measured on."""
     lines = ["| | time of a step | processor time | memory of a step |", "|---|---:|---:|---:|"]
     for row in result["rows"]:
-        seconds, busy, peak = (statistics.median(chain(*row[name])) for name in MEASURED[:3])
-        lines.append(f"| {row['variant']} | {seconds:.1f} s | {busy:.1f} s | {peak:,.0f} MiB |")
+        cells = []
+        for name, digits, unit in (("seconds", ".1f", "s"), ("cpu_seconds", ".1f", "s"), ("peak_mib", ",.0f", "MiB")):
+            values = sorted(chain(*row[name]))
+            shown = (format(v, digits) for v in (statistics.median(values), values[0], values[-1]))
+            cells.append("{} {unit} ({} to {})".format(*shown, unit=unit))
+        lines.append(" | ".join(["| " + row["variant"], *cells]) + " |")
     machine, repeats = result["environment"], sorted({len(row["loss"]) for row in result["rows"]})
     return "\n".join(lines) + (
         f"\n\nSmolLM2-135M, float32, {result['pairs']} pairs: {result['tokens']:,} tokens with padding, "
         f"{result['valid_tokens']:,} of them answer tokens; gradient checkpointing as TRL has it by default. Memory "
-        "is the growth of the resident set over model, reference and optimizer. Medians of "
+        "is the growth of the resident set over model, reference and optimizer. Medians and ranges of "
         f"{' or '.join(map(str, repeats))} processes with {len(result['rows'][0]['loss'][0])} steps each, in turn. "
         f"{machine['cpu']}, {machine['threads']} threads; torch {machine['versions']['torch']}, TRL "
         f"{machine['versions']['trl']}; {machine['date']}, commit {machine['commit']}."

@@ -117,14 +117,20 @@ def deepspeed(use: str, tied: bool) -> tuple[nn.Module, nn.Module, Callable, Cal
     model = patched(use, new_model(tied))
     names = {p: name for name, p in model.named_parameters()}
     engine, *_ = ds.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), dist_init_required=False,
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": 3},
         },
     )  # fmt: skip
-    safe = import_module("deepspeed.utils").safe_get_full_grad
-    return engine, model, lambda loss: engine.backward(loss), lambda: {n: safe(p) for p, n in names.items()}
+
+    def gradients() -> dict[str, Tensor]:
+        whole = import_module("deepspeed.utils").safe_get_full_grad
+        found = {name: whole(p).clone() for p, name in names.items()}
+        engine.step()  # the next gradients replace these
+        return found
+
+    return engine, model, lambda loss: engine.backward(loss), gradients
 
 
 def count(traffic: Traffic) -> int:
