@@ -67,7 +67,7 @@ def table(results: dict[str, Any]) -> str:
         cells = []
         for name, _, digits, _ in COLUMNS:
             mean, half = interval(figures(results, method, name))
-            cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}" if half else f"{mean:.{digits}f}")
+            cells.append(f"{mean:.{digits}f} ± {half:.{digits}f}" if half > 0 else f"{mean:.{digits}f}")
         lines.append([label(method), *cells])
     return rows(lines)
 
