@@ -42,11 +42,11 @@ from dadpo_kernels.trainer import DaDPOTrainer
 from examples.smollm2 import smollm2_dir, smollm2_hidden
 
 from .cases import DTYPES
+from .cases import TOP_K as K
 from .floor import products, timed
 from .measure import reset_high_water_mark, resident_mib
 from .process import environment
 
-K = 64
 PAIRS = Path(__file__).parent.parent / "examples" / "quickstart" / "data" / "train.jsonl"
 REPEATS = 3
 SEED = 0

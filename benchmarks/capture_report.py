@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .capture import K
-from .report import replace_between_markers
+from .cases import TOP_K
+from .report.comparison import replace_between_markers
 
 BEGIN, END = "<!-- benchmark:capture -->", "<!-- /benchmark:capture -->"
 
@@ -30,9 +30,9 @@ def report(sections: dict[str, dict]) -> str:
 def cache(r: dict) -> str:
     return (
         f"A cache of {r['tokens']:,} answer tokens of real pairs takes {r['bytes_per_token']:.0f} bytes a token at "
-        f"k = {K}. What float16 loses: the KL divergence to a student, top-k and tail, is {r['kl_exact']:.3f} nats a "
-        f"token exactly and {r['kl_cached']:.3f} from the cache; they differ by {r['kl_error_mean']:.1e} on average, "
-        f"and by {r['kl_error_max']:.1e} at the worst token."
+        f"k = {TOP_K}. What float16 loses: the KL divergence to a student, top-k and tail, is {r['kl_exact']:.3f} "
+        f"nats a token exactly and {r['kl_cached']:.3f} from the cache; they differ by {r['kl_error_mean']:.1e} on "
+        f"average, and by {r['kl_error_max']:.1e} at the worst token."
     )
 
 

@@ -11,7 +11,7 @@ from mkdocs.config import load_config
 from tiny import tiny_llama
 
 from benchmarks import capture_report
-from benchmarks.report import replace_between_markers
+from benchmarks.report.comparison import replace_between_markers
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

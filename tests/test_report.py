@@ -12,7 +12,7 @@ from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients
 from benchmarks.process import child
 from benchmarks.report import __main__ as command
-from benchmarks.report import comparison, document, parts, studies
+from benchmarks.report import comparison, document, parts
 from benchmarks.report import scaling as fitted
 from benchmarks.variants import VARIANTS
 
@@ -221,12 +221,3 @@ def test_a_source_names_every_commit_and_machine(results):
     assert "commit one, two;" in line
     assert "64 threads" in line
     assert line.endswith("; measure it")
-
-
-def test_a_trl_step_is_told_by_medians():
-    row = {
-        "variant": "ours", "seconds": [[1.0, 9.0], [3.0, 9.0]], "cpu_seconds": [[2.0], [6.0]],
-        "peak_mib": [[1234.4], [1234.4]], "loss": [[0.5, 0.4], [0.5, 0.4]],
-    }  # fmt: skip
-    result = {"environment": run.environment(2), "pairs": 4, "tokens": 80, "valid_tokens": 33, "rows": [row]}
-    assert "| ours | 6.0 s | 4.0 s | 1,234 MiB |" in studies.trl_step(result)

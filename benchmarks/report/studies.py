@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
+from ..capture_report import report as capture_tables
 from ..trl_step import table as step_table
 from .parts import NOTHING, caption, table
 
@@ -89,42 +90,12 @@ def mean_of(seeds: list[dict] | None, key: str) -> str:
 
 
 def capture(results: dict) -> str:
-    parts = ["The teacher's top-64 log-probabilities, tail and label's, SmolLM2-135M, no gradient."]
-    for section, found in sorted(results.items(), reverse=True):  # the head first
+    captions = []
+    for section, found in results.items():
         part, _, dtype = section.partition("/")
-        result = found["result"]
-        if part == "head":
-            rows = [
-                [
-                    f"{row['tokens']:,}",
-                    *(f"{row[key]:.2f}" for key in ("gemm", "ours", "dense")),
-                    *(f"{row[key]:,.0f}" for key in ("ours_mib", "dense_mib")),
-                ]
-                for row in result
-            ]
-            header = [
-                "tokens",
-                "one matrix product, s",
-                "`linear_topk_logps`, s",
-                "dense, s",
-                "ours, MiB",
-                "dense, MiB",
-            ]
-            parts += [f"### The head alone, {dtype}", table(header, rows)]
-            command = CAPTURE.format(f"head --dtype {dtype}")
-        else:
-            rows = [
-                ["tokens captured", f"{result['tokens']:,}"],
-                ["tokens a second, with the model's body", f"{result['tokens_per_second']:,.0f}"],
-                ["bytes a token on disk", f"{result['bytes_per_token']:,.0f}"],
-                ["mean forward KL to a shallower student, nats a token", f"{result['kl_exact']:.4f}"],
-                ["its error from the cache's rounding, mean", f"{result['kl_error_mean']:.1e}"],
-                ["its error from the cache's rounding, worst token", f"{result['kl_error_max']:.1e}"],
-            ]
-            parts += ["### The whole capture, and what the cache loses", table(["", "measured"], rows)]
-            command = CAPTURE.format(part)
-        parts.append(caption(found["environment"], command))
-    return "\n\n".join(parts)
+        command = CAPTURE.format(f"{part} --dtype {dtype}" if dtype else part)
+        captions.append(f"* {section}: {caption(found['environment'], command)}")
+    return "\n\n".join([capture_tables(results), "\n".join(captions)])
 
 
 def trl_step(results: dict) -> str:
