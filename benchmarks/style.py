@@ -53,7 +53,7 @@ def save(drawing: Any, path: Path, source: str = "", drawn_from: str = "") -> No
     import matplotlib.pyplot as plt
 
     if source:
-        drawing.text(0.01, -0.01, "\n".join(textwrap.wrap(source, 130)), va="top", fontsize=6.5, color=RIVAL)
+        drawing.text(0.01, -0.01, "\n".join(textwrap.wrap(source, 130)), va="top", fontsize=6.5, color="#6b7077")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path, metadata={DIGEST: drawn_from} if drawn_from else None)
     plt.close(drawing)

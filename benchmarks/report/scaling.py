@@ -67,8 +67,9 @@ def fits(sections: dict[str, dict]) -> str:
 
     def per_id(points: list[dict]) -> str:
         without = seconds(points[0])
-        each = slope(points, "top_k", seconds)
-        return f"{each * 1e3:.2f} ms ({each * 64 / without:.0%} of K = 0 for 64)"
+        fit = statistics.linear_regression(*columns(points, "top_k", seconds))
+        off = max(abs(seconds(p) / (fit.intercept + fit.slope * p["top_k"]) - 1) for p in points)
+        return f"{fit.slope * 1e3:.2f} ms (±{off:.0%}); 64 ids: {fit.slope * 64 / without:.0%} of K = 0"
 
     rows = {
         "time ∝ tokens to the power of": ("tokens", power("tokens")),
@@ -89,13 +90,14 @@ def sizes(sections: dict[str, dict], sweep: str) -> str:
     """Seconds and memory of every variant over what varies."""
     axis, title, written = AXES[sweep]
     header = [title, "one logits tensor, MiB"]
-    for label in LABELS.values():
-        header += [f"{label}: s", "MiB"]
+    measured = [name for name in LABELS if of(sections, sweep, name)]
+    for name in measured:
+        header += [f"{LABELS[name]}: s", "MiB"]
     rows = []
     for value in dict.fromkeys(point[axis] for point in sections[sweep]["points"]):
         here = {point["variant"]: point for point in sections[sweep]["points"] if point[axis] == value}
         row = [written.format(value), f"{next(iter(here.values()))['logits_mib']:,.0f}"]
-        for name in LABELS:
+        for name in measured:
             found = here.get(name)
             row += [f"{seconds(found):.2f}", f"{beside_gradients(found):,.0f}"] if found else [NOTHING] * 2
         rows.append(row)
@@ -172,7 +174,8 @@ def markdown(sections: dict[str, dict]) -> str:
         "calls. Memory is the growth of the resident set over the inputs, without the gradients that are returned "
         "unless it says otherwise. The dense variant is left out where its logits would not fit comfortably.",
         fits(sections),
-        "In brackets: the largest distance of a point from the fitted line.",
+        "In brackets: the largest distance of a point from the fitted line. A machine may drift in speed: slopes and "
+        "single times are no better than that.",
         estimates(sections),
     ]
     parts += [plot.markdown for plot in plots(sections)]
@@ -203,6 +206,8 @@ def draw_lines(panel: Any, sections: dict[str, dict], sweep: str, value: Callabl
 
 def draw_sizes(sections: dict[str, dict]) -> Any:
     drawing, axes = style.figure(2, 2, width=4.6, height=3.3)
+    from matplotlib.ticker import LogLocator
+
     for row, sweep in zip(axes, ("tokens", "vocabulary"), strict=True):
         axis = AXES[sweep][0]
         if sweep not in sections:
@@ -214,9 +219,12 @@ def draw_sizes(sections: dict[str, dict]) -> Any:
             ticks = sorted({point[axis] for point in sections[sweep]["points"]})
             panel.set(xscale="log", yscale="log", ylabel=label, title=f"{label.split()[0]} over {AXES[sweep][1]}")
             panel.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
-            panel.xaxis.minorticks_off()
+            panel.minorticks_off()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:,g}")
         logits = {point[axis]: point["logits_mib"] for point in sections[sweep]["points"]}
         row[1].plot(list(logits), list(logits.values()), color=style.LIMIT, linewidth=1.2, label="one logits tensor")
+        row[1].set_ylim(top=12 * max(logits.values()))  # room for the legend
         row[1].legend(fontsize=8)
     return drawing
 
