@@ -8,7 +8,7 @@ import torch
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 
 from benchmarks.restore import measures, report
-from benchmarks.restore.__main__ import Run, best, measured
+from benchmarks.restore.experiment import Run, best, measured
 from benchmarks.restore.settings import METHODS, SETTINGS, TUNING_SEED, Point
 from benchmarks.restore.stages import Stage
 from dadpo_kernels.teacher.pairs import tokenize_pairs
