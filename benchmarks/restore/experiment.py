@@ -112,7 +112,7 @@ def main() -> None:
         points = {m: best(r for r in tuning if r["method"] == m) for m in METHODS}
         seeds = range(1, stage.setting.seeds + 1)
         final = [Run(m, points[m], seed) for m in METHODS for seed in seeds]
-        fixed = [Run(m, Point(0.0), seed) for m in ("teacher", "pruned", "reference") for seed in seeds]
+        fixed = [Run(m, Point(0.0), seeds[0]) for m in ("teacher", "pruned", "reference")]
         runs = list(pool.map(work, fixed + final))
 
     results = {

@@ -68,7 +68,7 @@ class Setting:
 
 TUNING_SEED = 0
 SETTINGS = {
-    "cpu": Setting(pairs=32, epochs=1, batch=2, seeds=3, heldout=28, validation=16),
+    "cpu": Setting(pairs=32, epochs=1, batch=2, seeds=3, heldout=20, validation=16),
     "gpu": Setting(pairs=243, epochs=3, batch=8, seeds=5, heldout=56, validation=32),
     "smoke": Setting(pairs=2, epochs=1, batch=2, seeds=1, heldout=2, validation=2, max_new_tokens=4),
 }
