@@ -69,18 +69,18 @@ def test_a_run_that_is_done_is_read_and_not_repeated(tmp_path):
 def made_up(seeds: int = 3) -> dict:
     names = [name for name, *_ in report.COLUMNS]
     runs = [
-        {"method": m, "point": Point(1e-4)._asdict(), "seed": s, "training_seconds": 36.0,
+        {"method": m, "point": Point(1e-4)._asdict(), "seed": s, "training_seconds": 36.0, "measuring_seconds": 9.0,
          "figures": dict.fromkeys(names, i + s / 8)}
         for i, m in enumerate([*report.FIXED, *METHODS]) for s in range(seeds)
     ]  # fmt: skip
     tuning = [
-        {"method": m, "point": p._asdict(), "seed": 0, "training_seconds": 36.0,
+        {"method": m, "point": p._asdict(), "seed": 0, "training_seconds": 36.0, "measuring_seconds": 9.0,
          "figures": {"kl": 1.0 + i, "reverse_kl": 1.0}}
         for m in METHODS for i, p in enumerate(METHODS[m].grid)
     ]  # fmt: skip
     environment = {"cpu": "some processor", "threads": 2, "commit": "abc", "date": "2026-01-01"}
     setting = {"name": "cpu", **vars(SETTINGS["cpu"])}
-    return {"setting": setting, "environment": environment, "seconds": 3600.0, "tuning": tuning, "runs": runs}
+    return {"setting": setting, "environment": environment, "tuning": tuning, "runs": runs}
 
 
 def test_intervals_are_students():

@@ -7,7 +7,8 @@ from statistics import median
 
 import pytest
 
-from benchmarks import report, trl_step
+from benchmarks import trl_step
+from benchmarks.report import comparison
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "trl_step.json"
@@ -34,7 +35,7 @@ def test_repeats_add_up_to_a_table():
 def test_the_page_shows_the_committed_result():
     page = (ROOT / "docs" / "trainers.md").read_text()
     table = trl_step.table(json.loads(RESULTS.read_text()))
-    assert report.replace_between_markers(page, table, trl_step.BEGIN, trl_step.END) == page
+    assert comparison.replace_between_markers(page, table, trl_step.BEGIN, trl_step.END) == page
 
 
 def test_ours_is_faster_and_needs_less_memory():

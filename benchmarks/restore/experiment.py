@@ -101,7 +101,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     stage = Stage.of(args.out, args.setting)
-    begin = time.perf_counter()
     prepare(stage)
 
     # One run a core beats one run on all of them: small matrices do not spread well.
@@ -118,7 +117,6 @@ def main() -> None:
     results = {
         "setting": {"name": args.setting, **vars(stage.setting)},
         "environment": environment(cores),
-        "seconds": time.perf_counter() - begin,
         "tuning": tuning,
         "runs": runs,
     }

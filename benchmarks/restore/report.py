@@ -50,13 +50,18 @@ def markdown(results: dict[str, Any]) -> str:
 
 def conditions(results: dict[str, Any]) -> str:
     s, e = results["setting"], results["environment"]
-    training = sum(r["training_seconds"] for r in results["tuning"] + results["runs"]) / 3600
+    hours = {
+        part: sum(r[f"{part}_seconds"] for r in results["tuning"] + results["runs"]) / 3600
+        for part in ("training", "measuring")
+    }
     return (
         f"Setting `{s['name']}`: {s['pairs']} pairs, {s['epochs']} epoch(s), batches of {s['batch']} pairs, "
-        f"{s['seeds']} seeds; tuning on a seed of its own by the sum of both KLs on validation pairs. "
-        f"Measured on the {e['cpu']}, {e['threads']} cores, at commit `{e['commit']}`: {results['seconds'] / 60:.0f} "
-        f"minutes, {training:.1f} core-hours of them training. Command: `python -m benchmarks.restore --setting "
-        f"{s['name']} --results benchmarks/results/restore.json`. Means ± 95% confidence over seeds (Student's t)."
+        f"{s['seeds']} seeds, {s['heldout']} held-out prompts; tuning on a seed of its own by the sum of both KLs on "
+        f"{s['validation']} validation pairs. Measured on the {e['cpu']}, {e['threads']} cores, at commit "
+        f"`{e['commit']}`: {hours['training']:.1f} hours of one core for training and {hours['measuring']:.1f} for "
+        "measuring, without the stages before; other work on the machine made them longer. Command: "
+        f"`python -m benchmarks.restore --setting {s['name']} --results benchmarks/results/restore.json`. Means ± 95% "
+        "confidence over seeds (Student's t)."
     )
 
 
