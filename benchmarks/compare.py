@@ -1,8 +1,8 @@
 """Two results files side by side: `python -m benchmarks.compare A.json B.json`.
 
 Files of `benchmarks.work` (counts): every count of B against A's; exit status 1 if one grew, so that continuous
-integration can hold a change against the committed file. Files of `benchmarks.run` (times): every variant's time and
-peak memory in B over A's, for people to read; times never fail anything.
+integration can hold a change against the committed file. Files of `benchmarks.run` or `benchmarks.gpu_suite`
+(times): every variant's time and peak memory in B over A's, for people to read; times never fail anything.
 """
 
 import argparse
@@ -54,18 +54,39 @@ def timing_lines(before: dict, after: dict) -> list[str]:
     return sorted(lines)
 
 
+def gpu_lines(before: dict, after: dict) -> list[str]:
+    """`shape, K, masked, name: time, peak` of what both files of the suite measured."""
+    a, b = (
+        {
+            (row["shape"], f"K={row['top_k']}", "half masked" if row["masked"] else "", row["name"]): row
+            for name in ("table", "compiled") for row in file.get(name, {"rows": []})["rows"]
+            if "top_k" in row and "both_seconds" in row
+        }
+        for file in (before["stages"], after["stages"])
+    )  # fmt: skip
+    lines = []
+    for key in a.keys() & b.keys():
+        times = [row[key]["both_seconds"] * 1e3 for row in (a, b)]
+        line = f"{' '.join(filter(None, key))}: {times[0]:.2f} -> {times[1]:.2f} ms ({times[1] / times[0]:.2f}x)"
+        peaks = [row[key]["peak_bytes_above_gradients"] for row in (a, b)]
+        if None not in peaks:
+            line += f", peak {peaks[0] / 2**20:.0f} -> {peaks[1] / 2**20:.0f} MiB"
+        lines.append(line)
+    return sorted(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     args = parser.parse_args()
     before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
-    for kind, compare in (("work", grown), ("comparison", timing_lines)):
+    for kind, compare in (("work", grown), ("comparison", timing_lines), ("stages", gpu_lines)):
         if kind in before and kind in after:
             lines = compare(before, after)
-            print("\n".join(lines) or "nothing grew")
+            print("\n".join(lines) or ("nothing grew" if kind == "work" else "nothing that both measured"))
             sys.exit(kind == "work" and bool(lines))
-    sys.exit("the files hold no results of the same kind: give two of benchmarks.work, or two of benchmarks.run")
+    sys.exit("the files hold no results of the same kind: give two of benchmarks.work, benchmarks.run or gpu_suite")
 
 
 if __name__ == "__main__":

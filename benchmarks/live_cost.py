@@ -32,9 +32,9 @@ from .style import LIMIT, OURS, RIVAL, figure, save
 from .variants import RETAIN_EVERYTHING, ours
 
 OBJECTIVE = "dpo+kl"
-CHUNKS = (64, 128, 160, 256, 512)
+CHUNKS = (64, 128, 192, 256, 512)
 LIMITS = (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-CHOSEN_CHUNK, CHOSEN_LIMIT = 160, 1e-3
+CHOSEN_CHUNK, CHOSEN_LIMIT = 256, 1e-3
 
 
 def gradients(inputs: Inputs, budget: int | None, tolerance: float | None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ The order of events keeps the figures apart:
 2. one call on the whole inputs, whose peak memory is taken: the growth of the process's resident set over what it was
    with the inputs loaded, by the kernel's own high-water mark, so gradients and every library's workspace count;
 3. `--calls` timed calls, forward and backward, with the floor's three products timed before, between and after them:
-   on a machine whose speed drifts, a call is compared with its own neighbours.
+   on a machine whose speed drifts, a call is compared with its own neighbours. Like the floor, which writes memory
+   that was written before, a call follows another: a virtual machine may give memory that lay free for the seconds
+   of the floor back to its host, and a step of a training follows a step.
 
 One line of JSON goes to standard output. `benchmarks.run` starts these processes in turn.
 """
@@ -95,6 +97,7 @@ def measure(
     products()  # its memory is written once before it is timed
     seconds, floors = [], [timed(products)]
     for _ in range(calls):
+        step(inputs)
         seconds.append(timed(lambda: step(inputs)))
         floors.append(timed(products))
     return result | {"seconds": seconds, "floor_seconds": floors}

@@ -11,7 +11,10 @@ replaced, the others stay; an interrupted sweep goes on at its next point.
 
 The file (times in seconds, memory in MiB above the inputs, of which the returned gradients are `gradient_mib`):
 
-    {"comparison": {"smollm2/float32": SECTION, ...}, "scaling": {SWEEP: see benchmarks.scaling, ...}}
+    {"comparison": {"smollm2/float32": SECTION, ...}, "lengths": {"smollm2/float32/8192": SECTION, ...},
+     "scaling": {SWEEP: see benchmarks.scaling, ...}}
+
+Sections of other `--tokens` than the default go to "lengths".
 
     SECTION
       environment   cpu, threads, memory_gib, python, platform, versions {package: version}, commit, date
@@ -169,7 +172,10 @@ def main() -> None:
                     inputs = make_inputs(case, DTYPES[dtype], args.tokens)
                     section = describe(case, dtype, inputs, args.threads)
                     section |= compare(inputs, args.only, args.repeats, args.calls, args.threads, Path(directory))
-                keep("comparison", f"{case}/{dtype}", section)
+                if args.tokens == TOKENS:
+                    keep("comparison", f"{case}/{dtype}", section)
+                else:
+                    keep("lengths", f"{case}/{dtype}/{args.tokens}", section)
     if not args.out:
         print(json.dumps(results, indent=1))
 

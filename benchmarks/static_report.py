@@ -5,7 +5,7 @@ is compiled with exactly the types, alignments and options that it would have on
 The CUDA C++ kernels are read from the extension, if it is built.
 
 The results are on disk after every unit of work, and a run that was cut off goes on behind the last one; they are
-thrown away when the kernels' sources or Triton change. `markdown` makes tables of them.
+thrown away when their sources or, for its own, Triton change. `markdown` makes tables of them.
 """
 
 import argparse
@@ -33,7 +33,11 @@ from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Grads, Hea
 from .machine_code import CHIPS, Chip, Compiled, inspect_extension, inspect_triton
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py", "csrc/c*/*")
+SOURCES = {
+    "triton": ("dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py"),
+    "cuda": ("csrc/common/*", "csrc/cuda/*"),
+}
+CUDA_UNIT = "CUDA C++"
 FUSED = ("forward.statistics", "backward.logit_gradient")
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
@@ -163,25 +167,33 @@ def units() -> dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]:
             name = f"sm_{capability}, {label(dtype)}, {columns} columns"
             work[name] = partial(compile_rows, chip, dtype, columns, "bias, softcap")
         if cuda._cuda:
-            work[f"sm_{capability}, CUDA C++"] = partial(
+            work[f"sm_{capability}, {CUDA_UNIT}"] = partial(
                 inspect_extension, chip, Path(cuda._cuda.__file__), CUDA_THREADS
             )
     return work
 
 
-def fingerprint() -> str:
-    """Of everything that decides what the kernels become."""
-    files = sorted(path for pattern in SOURCES for path in ROOT.glob(pattern) if path.is_file())
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
+def fingerprints() -> dict[str, str]:
+    """Of everything that decides what the kernels become, by their language."""
+    found = {}
+    for language, patterns in SOURCES.items():
+        files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+        content = b"\0".join([path.read_bytes() for path in files])
+        found[language] = hashlib.sha256(content).hexdigest()[:16]
+    return found | {"triton": f"{triton.__version__}, {found['triton']}"}
 
 
 def run(path: Path, work: dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]) -> dict:
-    """Adds to the file what is not there yet; returns `{"triton": ..., "sources": ..., "units": {name: rows}}`."""
-    results: dict = {"triton": triton.__version__, "sources": fingerprint(), "units": {}}
+    """Adds to the file what it lacks of these sources: `{"triton": ..., "sources": ..., "units": {name: rows}}`."""
+    results: dict = {"triton": triton.__version__, "sources": fingerprints(), "units": {}}
     if path.exists():
         stored = json.loads(path.read_text())
-        if all(stored.get(key) == results[key] for key in ("triton", "sources")):
-            results["units"] = {name: rows for name, rows in stored["units"].items() if name in work}
+        same = {key for key, value in results["sources"].items() if stored["sources"].get(key) == value}
+        results["units"] = {
+            name: rows
+            for name, rows in stored["units"].items()
+            if name in work and ("cuda" if name.endswith(CUDA_UNIT) else "triton") in same
+        }
     for name, compile_unit in work.items():
         if name not in results["units"]:
             results["units"][name] = [asdict(row) for row in compile_unit()]

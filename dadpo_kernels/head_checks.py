@@ -57,6 +57,15 @@ def check_head(
         raise ValueError(f"temperature={temperature} must be positive and finite")
 
 
+def check_memory(weight: Tensor) -> None:
+    """Raise RuntimeError if an engine took the memory of `weight` back: a kernel would read it all the same."""
+    if weight.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            f"the memory of weight {list(weight.shape)} was freed by the engine that sharded it (FSDP): run the loss "
+            "inside the forward of the module that holds it, so that it is gathered again for the backward"
+        )
+
+
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device, extra: int = 0) -> None:
     """Integer ids on the right device whose leading dimensions are `shape`, followed by `extra` more."""
     if ids.dtype not in INTEGERS:

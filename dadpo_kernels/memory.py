@@ -72,7 +72,10 @@ def estimate_memory(
     )
     wide = statistic_dtype(dtype).itemsize
     gradients = (tokens + (0 if frozen_head else vocab)) * width * dtype.itemsize
-    tile = BACKENDS[backend].tiles.workspace_bytes(rows, plan.tile, width, dtype)
-    hidden = rows * width * (wide + (dtype.itemsize if tokens > rows else 0))
+    tile = BACKENDS[backend].tiles.workspace_bytes(rows, plan.tile, width, dtype, not frozen_head)
+    # The tiles and the copy of the valid tokens are gone before the accumulator is spread over all tokens.
+    during = tile + (rows * width * dtype.itemsize if tokens > rows else 0) - tokens * width * dtype.itemsize
+    after = rows * width * dtype.itemsize if dtype.itemsize < wide else 0
     numbers = tokens * (k + 2) * 4 * wide + rows * (k + 2) * 8 * wide  # kept, and while coefficients are made
-    return MemoryEstimate(plan, gradients, tile + hidden + numbers, rows * vocab * 4)
+    workspace = rows * width * wide + max(during, after) + numbers
+    return MemoryEstimate(plan, gradients, workspace, rows * vocab * 4)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 DEFAULT_BUDGET = 256 * 2**20
-LIVE_WORKSPACE = 32 * 2**20  # bytes of a chunk's logits in the live plan
+LIVE_WORKSPACE = 48 * 2**20  # bytes of a chunk's logits in the live plan
 LIVE_TILE = 4096
 
 
@@ -115,8 +115,8 @@ class LivePlan:
 
 
 def live_chunk(vocab: int) -> int:
-    """Tokens of a chunk: as many as its workspace holds, in multiples of 32."""
-    return min(512, max(64, LIVE_WORKSPACE // (4 * vocab) // 32 * 32))
+    """Tokens of a chunk: as many as its workspace holds, in whole panels of any CPU's product (64)."""
+    return min(512, max(64, LIVE_WORKSPACE // (4 * vocab) // 64 * 64))
 
 
 def profile_bytes(tokens: int, vocab: int, itemsize: int) -> int:

@@ -22,6 +22,7 @@ from .backends import BACKENDS, reference, resolve
 from .backends.coefficients import logit_coefficients
 from .backends.live import LivePass
 from .backends.tiled import (
+    Coefficients,
     Entries,
     Grads,
     Head,
@@ -95,6 +96,8 @@ def linear_selected_logps(
         TypeError: a dtype that is not supported, or hidden and weight of different dtypes.
         ValueError: shapes, devices or options that do not fit; labels or ids outside `[0, V)` (on CUDA a device-side
             assertion, since a check would wait for the device).
+        RuntimeError: in the backward, if the weight's memory was freed since the forward (FSDP2 does, of a weight that
+            is used outside its module's forward).
 
     Source: the online softmax of arXiv 1805.02867; recomputation in the backward as in Cut Cross Entropy
     (arXiv 2411.09009) and Liger (arXiv 2410.10989); the shared gradient form is this package's.
@@ -151,7 +154,7 @@ def plan_for(
         rows: tokens that are not masked.
         vocab, width: V and H of the head.
         dtype: of hidden and weight.
-        backend: "torch" or "cpu".
+        backend: the name of one, such as "cpu".
         memory_budget: bytes, None for the default.
         grad_hidden, grad_weight: which gradients are wanted; a frozen head has `grad_weight=False`.
     """
@@ -206,6 +209,7 @@ class Compacted:
         self.index = (labels != ignore_index).nonzero()[:, 0]
         rows = len(self.index)
         columns, width = weight.shape
+        checks.check_memory(weight)
         vocab = columns if vocab is None else vocab
         labels = labels[self.index]
         checks.check_range("labels", labels, vocab)
@@ -250,12 +254,7 @@ class Compacted:
         grad_weight = self.tiles.empty(*weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
         grad_bias = weight.new_empty(len(weight), dtype=wide) if needs[2] else None
         if rows:
-            label, topk, tail = outputs
-            logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
-            label, topk, tail = grads
-            incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(wide)
-            summary, dead = state[self.index].split([3, state.shape[1] - 3], 1)
-            coefficients = logit_coefficients(self.entries, self.head, logps, summary, incoming)
+            coefficients, dead = self.coefficients(outputs, grads, state)
             out = Grads(grad_hidden, grad_weight, grad_bias)
             if grad_tolerance is None:
                 plan = replace(self.plan, grad_hidden=bool(needs[0]), grad_weight=bool(needs[1]))
@@ -268,15 +267,27 @@ class Compacted:
                     grad.zero_()
         return Grads(None if grad_hidden is None else grad_hidden[:, :width], grad_weight, grad_bias)
 
+    def coefficients(
+        self, outputs: Sequence[Tensor], grads: Sequence[Tensor], state: Tensor
+    ) -> tuple[Coefficients, Tensor]:
+        """The gradient of the logits, and what the live plan's forward found, of the tokens that count."""
+        label, topk, tail = outputs
+        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
+        label, topk, tail = grads
+        incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(state.dtype)
+        summary, dead = state[self.index].split([3, state.shape[1] - 3], 1)
+        return logit_coefficients(self.entries, self.head, logps, summary, incoming), dead
+
     def live(self, tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
         """The live pass over the tokens that count, of `tokens` in all, with the buffer that both its halves share."""
         hidden, head = self.tiles.hidden, self.head
         plan = make_live_plan(tokens, self.plan.rows, len(head.weight), hidden.dtype.itemsize, len(buffer), tolerance)
         return self.live_pass(hidden, head, self.entries, plan, buffer)
 
-    def spread(self, values: Tensor, like: Tensor) -> Tensor:
-        """Values of the compacted tokens at their places, 0 elsewhere."""
-        return values.new_zeros(len(like), *values.shape[1:]).index_copy_(0, self.index, values)
+
+def spread(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Values of the tokens at `index` at their places, 0 elsewhere."""
+    return values.new_zeros(len(like), *values.shape[1:]).index_copy_(0, index, values)
 
 
 @torch.library.custom_op("dadpo::selected_logps", mutates_args=())
@@ -307,7 +318,9 @@ def _selected_logps(
     else:
         state, dead = c.live(grad_tolerance, retained, len(labels)).statistics()
     *logps, summary = c.logps(state)
-    label, topk, tail, summary = (c.spread(values, labels) for values in (*logps, torch.cat([summary, dead], 1)))
+    label, topk, tail, summary = (
+        spread(values, c.index, labels) for values in (*logps, torch.cat([summary, dead], 1))
+    )
     return label, topk, tail, summary, retained
 
 
@@ -354,9 +367,11 @@ def _selected_logps_backward(
     transform = (logit_scale, softcap, temperature)
     c = Compacted(hidden, weight, bias, labels, topk_ids, transform, ignore_index, backend, len(retained))
     g = c.gradients((label, topk, tail), (grad_label, grad_topk, grad_tail), state, retained, needs, grad_tolerance)
+    index = c.index
+    del c  # its copies of hidden and its workspace make room for the gradient of all tokens
     none = hidden.new_empty(0)
     return (
-        none if g.hidden is None else c.spread(g.hidden.to(hidden.dtype), hidden),
+        none if g.hidden is None else spread(g.hidden.to(hidden.dtype), index, hidden),
         none.clone() if g.weight is None else g.weight,
         none.clone() if g.bias is None else g.bias.to(hidden.dtype),
     )

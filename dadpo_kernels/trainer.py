@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -73,7 +74,7 @@ class DaDPOTrainer(Trainer):
                          processing_class=processing_class, **kwargs)  # fmt: skip
         check_engine(self.accelerator, args.n_gpu)
         self._shard_sampler: ShardSampler | None = None
-        self.add_callback(_EpochOfSampler(self))
+        self.add_callback(_WhereItResumed(self))
         # Rejected answers are not even read by a stage that has no use for them.
         self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
         self.tokens_seen = 0
@@ -142,6 +143,11 @@ class DaDPOTrainer(Trainer):
             for name, value in metrics.items():
                 self._metrics[name] = self._metrics.get(name, 0) + value
         return (out.loss, metrics) if return_outputs else out.loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """To the device, and no more: under DeepSpeed the parent rounds all floats to the compute dtype, here
+        log-probabilities."""
+        return send_to_device(inputs, self.args.device)
 
     def _rows_used(self, rows: Tensor) -> Tensor:
         return rows.chunk(2)[0] if self.chosen_only else rows
@@ -215,11 +221,15 @@ class DaDPOTrainer(Trainer):
             yield batch
 
 
-class _EpochOfSampler(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does not where several ranks resume in the middle of one."""
+class _WhereItResumed(TrainerCallback):
+    """Tells the metrics the first step, and the sampler the epoch: accelerate does not where several ranks resume in
+    the middle of one."""
 
     def __init__(self, trainer: DaDPOTrainer) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._metrics_since = state.global_step
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._shard_sampler is not None:

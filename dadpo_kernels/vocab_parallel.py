@@ -23,7 +23,7 @@ from . import head_checks as checks
 from .backends import resolve
 from .backends.tiled import State, run_statistics
 from .plan import DEFAULT_BUDGET
-from .selected_logps import Compacted, SelectedLogps, buffer_bytes
+from .selected_logps import Compacted, SelectedLogps, buffer_bytes, spread
 
 
 def vocab_parallel_selected_logps(
@@ -124,7 +124,7 @@ class _VocabParallel(torch.autograd.Function):
         c = Compacted(hidden, weight, bias, labels, topk_ids, *options)
         retained = c.tiles.empty(options.retained_bytes, dtype=torch.uint8, device=hidden.device)
         outputs = c.logps(_merged(run_statistics(c.tiles, c.plan, retained), group))
-        label, topk, tail, state = (c.spread(values, labels) for values in outputs)
+        label, topk, tail, state = (spread(values, c.index, labels) for values in outputs)
         ctx.options, ctx.group = options, group
         ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained)
         return label, topk, tail
@@ -135,13 +135,15 @@ class _VocabParallel(torch.autograd.Function):
         hidden, weight, bias, labels, topk_ids, *outputs, state, retained = ctx.saved_tensors
         c = Compacted(hidden, weight, bias, labels, topk_ids, *ctx.options)
         g = c.gradients(outputs, grads, state, retained, ctx.needs_input_grad[:3])
+        index = c.index
+        del c  # its copies of hidden and its workspace make room for the gradient of all tokens
         grad_hidden = None
         if g.hidden is not None:
             # Each rank adds its columns' share in float32; rounded once, after the sum.
             total = g.hidden.contiguous()
             if len(total):
                 dist.all_reduce(total, group=ctx.group)
-            grad_hidden = c.spread(total.to(hidden.dtype), hidden)
+            grad_hidden = spread(total.to(hidden.dtype), index, hidden)
         grad_bias = None if g.bias is None else g.bias.to(hidden.dtype)
         return grad_hidden, g.weight, grad_bias, None, None, None, None
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def smollm2_dir(root: str | Path = DEFAULT) -> Path:
     package = Path(spec.origin).parent
     file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.bfloat16)
     # The weights are plain tensors now; the marks of the file they came from would make save_pretrained refuse.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

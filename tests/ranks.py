@@ -5,9 +5,11 @@ import socket
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -18,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 mp.set_forkserver_preload(
     ["dadpo_kernels.vocab_parallel", "dadpo_kernels.trainer", "transformers.models.llama.modeling_llama"]
 )
+
+# The engine itself is no part of the tests' extra; a stand-in for its protocol is tested everywhere.
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="pip install 'dadpo-kernels[deepspeed]'")
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

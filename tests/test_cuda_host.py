@@ -1,5 +1,7 @@
 """The CUDA backend executed without a GPU: its kernels' source compiled by g++, its Python class on CPU tensors."""
 
+import re
+
 import cuda_host
 import pytest
 import torch
@@ -7,8 +9,10 @@ from dense import IGNORE, assert_as_good_as_dense, random_problem, values_and_gr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
+from waiting import assert_no_waiting
 
 import dadpo_kernels.selected_logps as module
+from benchmarks.gpu_suite import row_passes
 from dadpo_kernels import linear_topk_logps
 from dadpo_kernels.backends import BACKENDS, Backend
 from dadpo_kernels.selected_logps import plan_for
@@ -162,7 +166,8 @@ class TestExtremes:
     def test_gradient_of_one_output_alone(self, budget):
         """Factors of 0 in the retained plan, and tiny ones beside large values."""
         p = small(bias=True)
-        for weights in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1e-18, 1e-18, 1e-30)):
+        balanced = (float(p.topk_ids.shape[1]), -1.0, 0.0)  # cancel: the selected entries alone get any
+        for weights in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), balanced, (1e-18, 1e-18, 1e-30)):
             grads = []
             for name in ("host", "reference"):
                 hidden = p.hidden.clone().requires_grad_()
@@ -197,6 +202,31 @@ def test_second_backward_is_the_first_again():
     a, b = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(a, b)
     assert a.abs().max() > 0
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("budget", BUDGETS.values())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_waits_for_the_device(dtype, budget):
+    """So that a CUDA graph can capture the passes. The kernels' source asks CUDA for launches alone."""
+    assert_no_waiting(cuda_host.HostTiles, small(bias=True).to(dtype), budget, "host")
+    source = "".join(path.read_text() for path in cuda_host.CUDA.iterdir())
+    called = set(re.findall(r"\bcuda[A-Z]\w+(?=\()", source))
+    assert called == {"cudaSetDevice", "cudaLaunchKernelEx", "cudaGetLastError", "cudaGetErrorString"}
+
+
+def test_row_passes_alone(monkeypatch):
+    """The GPU suite's: on a GPU as CUDA graphs, here as the calls that these repeat."""
+    monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["host"])
+    monkeypatch.setattr(row_passes, "CALLS", 2)
+    p = small(rows=5).to(torch.bfloat16)
+    arguments = (p.hidden, p.weight, p.labels.clamp(min=0), p.topk_ids, 2**10, 1)
+    rows = list(row_passes.row_passes(*arguments))
+    assert len(rows) == 5
+    assert all(row["ok"] and row["of_copy"] > 0 for row in rows)
+
+    monkeypatch.setattr(row_passes, "as_graph", lambda _, run: lambda: tuple(t * 0 for t in run()))
+    assert not any(row["ok"] for row in row_passes.row_passes(*arguments))
 
 
 @pytest.mark.parametrize("retain", [False, True])

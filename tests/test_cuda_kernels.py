@@ -1,17 +1,20 @@
 """Single CUDA kernels on the host, with memory laid out as the backend never does: misaligned, far apart."""
 
-import mmap
-import sys
 from types import SimpleNamespace
 
 import cuda_host
 import pytest
 import torch
+from far import far, linux
 
 ROWS, FIRST = 3, 1000
-NORESERVE = 0x4000  # Linux's; Python names it from 3.13 on
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is reserved as on Linux")
+
+
+PLACES = {
+    "misaligned": lambda values: place(values, 3, 1023),
+    "far": lambda values: far(*values.shape, values.dtype).copy_(values),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,6 @@ def place(values: torch.Tensor, offset: int, stride: int, guard: float = 12345.0
     out = sea[start:].as_strided((rows, columns), (stride, 1))
     out.copy_(values)
     return out
-
-
-def far(rows: int, columns: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows so far apart that their offsets need more than 32 bits; only the pages that are written take memory."""
-    size = rows * stride * dtype.itemsize
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
-    return torch.frombuffer(area, dtype=dtype).as_strided((rows, columns), (stride, 1))
 
 
 class Case:
@@ -131,8 +127,7 @@ def test_misaligned_rows(host, columns, offset, stride, segments, dtype):
 def test_offsets_beyond_32_bits(host, dtype):
     """The third row starts at element 2^32 and some: index arithmetic in 32 bits would land elsewhere."""
     case = Case(host, 100, 1)
-    stride = 2**31 + 8
-    products, exps = far(ROWS, 100, stride, torch.float32), far(ROWS, 100, stride, dtype)
+    products, exps = far(ROWS, 100, torch.float32), far(ROWS, 100, dtype)
     products.copy_(case.products)
     case.products = products
     case.check_statistics(exps)
@@ -147,7 +142,7 @@ def test_offsets_beyond_32_bits(host, dtype):
 def test_entered_values_and_restore(host):
     """Far rows again; a factor of 0 is raised so that the values stand, and everything is put back."""
     case = Case(host, 100, 1)
-    exps = far(ROWS, 100, 2**31 + 8, torch.float32)
+    exps = far(ROWS, 100, torch.float32)
     exps.copy_(torch.rand(ROWS, 100))
     before = exps.clone()
     c, base, bases = torch.tensor([0.5, 0.0, -1e-38]), torch.zeros(ROWS), torch.zeros(ROWS, 4)
@@ -167,8 +162,36 @@ def test_entered_values_and_restore(host):
     assert torch.equal(exps, before)
 
 
-def test_top_k_of_a_misaligned_row(host):
-    case = Case(host, 1021, 1, offset=3, stride=1023)
+@linux
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_scaled_exponentials(host, dtype, where):
+    """From retained exponentials to the gradient in one pass, values at the entries."""
+    case, scale = Case(host, 1021, 1), 32768 if dtype == torch.float16 else 1
+    g = torch.Generator().manual_seed(2)
+    exps = PLACES[where]((torch.rand(ROWS, 1021, generator=g) * scale).to(dtype))
+    dz = PLACES[where](torch.full((ROWS, 1021), torch.nan, dtype=dtype))
+    c, base, bases = torch.randn(ROWS, generator=g), torch.randn(ROWS, generator=g), torch.randn(ROWS, 4, generator=g)
+    values = torch.randn(ROWS, 1021, generator=g).gather(1, case.local)
+    case.host.scale_retained(
+        case.queue,
+        host.RetainedGradient(
+            retained=case.retained(exps), rows=ROWS, first=FIRST, columns=1021, ids=case.ids.data_ptr(), entries=9,
+            c=c.data_ptr(), base=base.data_ptr(), values=values.data_ptr(), bases=bases.data_ptr(), bases_stride=4,
+            dz=dz.data_ptr(), dz_stride=dz.stride(0), factors=0, saved=0,
+        ),
+    )  # fmt: skip
+    want = (c * (bases[:, 0] - base).exp()).double()[:, None] * exps.double() / scale
+    for n, j in case.hit.nonzero():
+        want[n, case.local[n, j]] = values[n, j].double()
+    torch.testing.assert_close(dz.double(), want, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-7)
+
+
+@linux
+@pytest.mark.parametrize("where", PLACES)
+def test_top_k_of_rows_anywhere(host, where):
+    case = Case(host, 1021, 1)
+    case.products = PLACES[where](case.z)
     values, ids = torch.full((ROWS, 101), -torch.inf), torch.zeros(ROWS, 101, dtype=torch.int32)
     values[:, :2], ids[:, :2] = torch.tensor([50.0, -50.0]), torch.tensor([5, 6], dtype=torch.int32)
     selected, part = torch.zeros(ROWS, 9), torch.zeros(2, 1, ROWS)

@@ -50,7 +50,7 @@ def test_kernels_are_clean(sanitized):
 
 BUGS = {
     "address": ("&& first + j < a.columns; j", "; j", "heap-buffer-overflow"),
-    "thread": ("part[warp][i][lane] = sums[i];\n    __syncthreads();", "part[warp][i][lane] = sums[i];", "data race"),
+    "thread": ("bank(i, lane)] = sums[i];\n    __syncthreads();", "bank(i, lane)] = sums[i];", "data race"),
 }
 
 

@@ -1,14 +1,19 @@
-"""The loss inside the forwards of model and head, on one process; refusals; pairs that accelerate repeats."""
+"""The loss inside the forwards of model and head; refusals; pairs that accelerate repeats; FSDP2 beside a patch."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from tiny import tiny_llama
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from dadpo_kernels import linear_selected_logps
 from dadpo_kernels.integrations.engines import check_engine, loss_in_forward, mask_repeated_pairs, whole_parameters
+from dadpo_kernels.integrations.patch import patch
 from dadpo_kernels.linear_loss import DaDPOOutput
 from dadpo_kernels.lm_head import hidden_states
 
@@ -104,3 +109,58 @@ def test_nothing_is_gathered_without_zero3():
     model = tiny_llama()
     with whole_parameters(model):
         assert len(model.lm_head.weight) == 320
+
+
+def patched_before_it_is_loaded() -> list[str]:
+    """The first rank holds a model, the others hold what FSDP2 will overwrite with it."""
+    model = tiny_llama()
+    if dist.get_rank():
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, torch.nan)
+    patch(model)
+    broken = tiny_llama()
+    torch.nn.init.constant_(broken.lm_head.weight, torch.nan)
+    try:
+        patch(broken)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def test_heads_are_checked_where_they_are_loaded():
+    first, second = run_ranks(2, patched_before_it_is_loaded)
+    assert (len(first), len(second)) == (1, 0)
+
+
+def difference(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of the difference of two losses, as a preference loss makes it, from two forwards."""
+    one, other = (model(input_ids=ids, labels=ids).loss for ids in (IDS, IDS.flip(1)))
+    (one - 2 * other).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def two_forwards_before_a_backward(sharded_head: bool) -> dict[str, torch.Tensor]:
+    model = patch(tiny_llama())
+    for module in [*model.model.layers, *([model.lm_head] if sharded_head else []), model]:
+        fully_shard(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # FSDP2's, of outputs that are views
+        return {name: grad.full_tensor() for name, grad in difference(model).items()}
+
+
+@pytest.mark.parametrize("sharded_head", [False, True])
+def test_patched_model_runs_twice_under_fsdp2(sharded_head):
+    want = difference(tiny_llama())
+    assert want["lm_head.weight"].abs().sum() > 0
+    for got in run_ranks(2, two_forwards_before_a_backward, sharded_head):
+        for name, grad in want.items():
+            torch.testing.assert_close(got[name], grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("backend", "tolerance"), [("cpu", None), ("cpu", 1e-2), ("torch", None)])
+def test_weight_that_an_engine_freed_is_an_error(backend, tolerance):
+    hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    out = linear_selected_logps(hidden, weight, IDS[0], backend=backend, memory_budget=0, grad_tolerance=tolerance)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"weight \[300, 16\] was freed by the engine"):
+        out.label.sum().backward()

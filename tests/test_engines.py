@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import free_port, run_ranks
+from ranks import free_port, needs_deepspeed, run_ranks
 from safetensors.torch import load_file
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 
@@ -23,8 +22,7 @@ from dadpo_kernels.teacher.pairs import tokenize_pairs
 ROOT = Path(__file__).parent.parent
 RECIPES = Path("examples/multi_gpu")
 VOCAB = 2048
-deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="pip install 'dadpo-kernels[deepspeed]'")
-ENGINES = ["ddp", "fsdp2", pytest.param("zero3", marks=deepspeed)]
+ENGINES = ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)]
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,11 @@ The ranks hold different numbers of valid tokens, one of them none, and the voca
 a collective that makes something as large as the head, and the embedding is small unless it is the head.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zero3
-from ranks import Traffic, run_ranks
+from ranks import Traffic, needs_deepspeed, run_ranks
 from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -107,6 +109,29 @@ def stand_in(use: str, tied: bool) -> tuple[nn.Module, nn.Module, Callable, Call
     return model, model, Tensor.backward, gradients
 
 
+def deepspeed(use: str, tied: bool) -> tuple[nn.Module, nn.Module, Callable, Callable]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    ds: Any = import_module("deepspeed")
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # its compilation takes a minute
+    model = patched(use, new_model(tied))
+    names = {p: name for name, p in model.named_parameters()}
+    engine, *_ = ds.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": 3},
+        },
+    )  # fmt: skip
+
+    def gradients() -> dict[str, Tensor]:
+        whole = import_module("deepspeed.utils").safe_get_full_grad
+        found = {name: whole(p).clone() for p, name in names.items()}
+        engine.step()  # the next gradients replace these
+        return found
+
+    return engine, model, lambda loss: engine.backward(loss), gradients
+
+
 def count(traffic: Traffic) -> int:
     return sum("allgather" in name and size >= VOCAB * 32 for name, size, _ in traffic.calls)
 
@@ -169,3 +194,9 @@ def test_fsdp2(one_thread, exact):
 def test_the_protocol_of_zero3(one_thread, exact):
     """A tied weight is gathered once more in each pass, for the embedding."""
     assert_equal(exact, [(stand_in, False, (1, 1)), (stand_in, True, (2, 2))])
+
+
+@needs_deepspeed
+def test_deepspeed(one_thread, exact):
+    """It keeps what it needs again soon: the head, from the end of the forward to the start of the backward."""
+    assert_equal(exact, [(deepspeed, False, (1, 0)), (deepspeed, True, (1, 0))])

@@ -73,6 +73,14 @@ def test_scale_and_softcap_come_from_the_configuration(name, expected):
     assert (head.logit_scale, head.softcap) == expected
 
 
+def test_keys_of_a_vision_language_model_are_those_of_its_text():
+    text = hf.Gemma4TextConfig(**SMALL, head_dim=8, final_logit_softcapping=2.0, hidden_size_per_layer_input=0)
+    config = hf.Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+    model = hf.Gemma4ForConditionalGeneration(config).eval()
+    assert lm_head(model).softcap == 2.0
+    check_lm_head(model)
+
+
 def test_weight_is_the_parameter_itself():
     model = build(MODELS["gpt2-tied"])
     assert lm_head(model).weight is model.transformer.wte.weight
@@ -120,10 +128,21 @@ def test_unsupported_heads_are_refused_with_the_reason():
     model.lm_head = Quantised(32, 320, bias=False)
     with pytest.raises(ValueError, match="Quantised: only a plain"):
         lm_head(model)
+    model = tiny_llama()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"quantised \(torch\.int8\)"):
+        lm_head(model)
     with pytest.raises(ValueError, match="offloaded"):
         lm_head(tiny_llama().to("meta"))
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        lm_head(hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=32, **sizes)))
     with pytest.raises(TypeError, match="no LM head"):
         lm_head(tiny_llama().model)
+    model = tiny_llama()
+    model.base_model_prefix = "nothing of this name"
+    with pytest.raises(TypeError, match="keeps no base model"):
+        hidden_states(model, *torch.ones(2, 1, 4, dtype=torch.int64))
 
 
 def test_a_head_the_configuration_does_not_describe_is_caught():

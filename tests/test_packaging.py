@@ -120,6 +120,47 @@ def test_unknown_architectures_are_named(sdist, tmp_path, listed):
     assert f"TORCH_CUDA_ARCH_LIST has {listed.split(';')[-1]!r}".encode() in error.value.stderr
 
 
+COMPILER = """#!/bin/sh
+echo "$0 $*" >> {log}
+case "$1" in --list-gpu-arch) echo "{known}"; exit;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "known", "named", "codes"),
+    [
+        ("8.6;9.0a+PTX", "", "8.6 9.0a+PTX", "86,code=sm_86 90a,code=sm_90a 90a,code=compute_90a"),
+        ("12.0", "", "12.0", "120,code=sm_120"),
+        ("", "compute_100", "8.0 9.0a 10.0+PTX", "80,code=sm_80 90a,code=sm_90a 100,code=sm_100 100,code=compute_100"),
+        ("", "compute_90", "8.0 9.0a 9.0+PTX", "80,code=sm_80 90a,code=sm_90a 90,code=sm_90 90,code=compute_90"),
+    ],
+)
+def test_listed_architectures_are_compiled_and_no_others(sdist, tmp_path, listed, known, named, codes):
+    """With programs in the place of the compilers, under CUDA_HOME and CXX: what they are told."""
+    log = tmp_path / "log"
+    (tmp_path / "bin").mkdir()
+    for name in ("nvcc", "cxx"):
+        (tmp_path / "bin" / name).write_text(COMPILER.format(log=log, known=known))
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {
+        **os.environ, "DADPO_REQUIRE": "1", "DADPO_CPU": "0", "TORCH_CUDA_ARCH_LIST": listed,
+        "CUDA_HOME": str(tmp_path), "CXX": str(tmp_path / "bin" / "cxx"),
+    }  # fmt: skip
+    source = shutil.copytree(sdist, tmp_path / "source")
+    check_contents(build("build_wheel", source, tmp_path / "wheel", environment), {"_cuda"})
+    calls = log.read_text().splitlines()
+    kernels = [call for call in calls if ".cu " in call]
+    assert len(kernels) == len([name for name in SOURCES if name.endswith(".cu")])
+    for call in kernels:
+        asked = [word for word in call.split() if "gencode" in word]
+        assert asked == [f"-gencode=arch=compute_{code}" for code in codes.split()]
+    (binding,) = (call for call in calls if "module.cpp" in call)
+    assert f'-DDADPO_CUDA_ARCHITECTURES="{named}"' in binding
+    (link,) = (call for call in calls if "-shared" in call)
+    assert "-cudart static" in link
+
+
 CASES = {
     "with nvcc": ((), {"_cpu", "_cuda"}),
     "without nvcc": (CUDA, {"_cpu"}),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run, scaling, style
+from benchmarks import phases, run, scaling, style
 from benchmarks.cases import load_inputs, peaked_head, save_inputs, with_teacher
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients
 from benchmarks.process import child
 from benchmarks.report import __main__ as command
-from benchmarks.report import comparison, document, parts
+from benchmarks.report import comparison, document, parts, studies
 from benchmarks.report import scaling as fitted
 from benchmarks.variants import VARIANTS
 
@@ -174,7 +174,8 @@ def results(tmp_path_factory, sweeps):
             rows.append(run.row(name, objective, inputs, [measured]))
     section = run.describe("smollm2", "float32", inputs, threads=1)
     section |= {"floor": floor, "floor_seconds": dense["floor_seconds"][0], "rows": rows}
-    return json.loads(json.dumps({"comparison": {"smollm2/float32": section}, "scaling": sweeps}))
+    lengths = {f"smollm2/float32/{tokens}": section | {"tokens": tokens} for tokens in (8_192, 512)}
+    return json.loads(json.dumps({"comparison": {"smollm2/float32": section}, "lengths": lengths, "scaling": sweeps}))
 
 
 def test_one_command_rewrites_the_table_and_writes_report_and_plots(results, tmp_path, monkeypatch):
@@ -195,6 +196,12 @@ def test_one_command_rewrites_the_table_and_writes_report_and_plots(results, tmp
     assert line in report.read_text()
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1  # a rectangle
     assert text.count("(CE: ") == 1
+    section = results["lengths"]["smollm2/float32/512"]
+    row = next(r for r in section["rows"] if (r["variant"], r["objective"]) == ("recompute", "dpo+kl"))
+    beside = f"{row['peak_mib'][0] - section['gradient_mib']:,.0f}"
+    ends = [f"| {tokens} | {section['valid_tokens']} | {ratio:.2f} | {beside} |" for tokens in ("512", "8,192")]
+    found = [line for line in report.read_text().splitlines() if line.endswith(tuple(ends))]
+    assert [line.endswith(end) for line, end in zip(found, ends, strict=True)] == [True, True]  # short ones first
     for name in ("cpu.png", "scaling.png", "options.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -209,10 +216,41 @@ def test_report_needs_markers_and_one_machine(results, tmp_path, monkeypatch):
 
     section = results["comparison"]["smollm2/float32"]
     elsewhere = section | {"dtype": "bfloat16", "environment": section["environment"] | {"threads": 64}}
-    with pytest.raises(ValueError, match="different machines"):
-        comparison.tables({"smollm2/float32": section, "smollm2/bfloat16": elsewhere})
+    here, there = comparison.tables({"smollm2/float32": section, "smollm2/bfloat16": elsewhere}).splitlines()[-3::2]
+    assert "in float32: " in here
+    assert "in bfloat16: " in there
+    assert "64 threads" in there
     with pytest.raises(ValueError, match="no comparison section"):
         comparison.tables({})
+
+
+def test_sections_go_by_the_number_of_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "make_inputs", lambda case, dtype, tokens: tokens)
+    monkeypatch.setattr(run, "describe", lambda case, dtype, tokens, threads: {"tokens": tokens})
+    monkeypatch.setattr(run, "compare", lambda *_: {})
+    out = tmp_path / "cpu.json"
+    for options in ([], ["--tokens", "512"]):
+        arguments = ["run", "--case", "smollm2", "--dtype", "float32", "--out", str(out), *options]
+        monkeypatch.setattr("sys.argv", arguments)
+        run.main()
+    assert json.loads(out.read_text()) == {
+        "comparison": {"smollm2/float32": {"tokens": run.TOKENS}},
+        "lengths": {"smollm2/float32/512": {"tokens": 512}},
+    }
+
+
+def test_phases_are_measured_and_reported(tmp_path, monkeypatch):
+    inputs = with_teacher(*peaked_head(4 * 24, hidden_size=32, vocab_size=301), top_k=8)
+    monkeypatch.setattr(phases, "make_inputs", lambda *_: inputs)
+    out = tmp_path / "phases.json"
+    monkeypatch.setattr("sys.argv", ["phases", "--rounds", "2", "--out", str(out)])
+    phases.main()
+    measured = json.loads(out.read_text())
+    assert measured["tokens"] == 48
+    assert {len(times) for plan in measured["plans"].values() for times in plan.values()} == {2}
+    seconds = {"forward": [1.0, 2.0], "backward": [2.0, 4.0], "fresh": [4.0, 8.0], "step": [5.0, 10.0]}
+    text = studies.phases(measured | {"floor": [1.0, 2.0], "plans": {"retain": seconds}})
+    assert "| retain | 1.00 | 2.00 | 3.00 | 4.00 | 5.00 |" in text
 
 
 def test_a_source_names_every_commit_and_machine(results):

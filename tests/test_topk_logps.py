@@ -21,7 +21,7 @@ TRANSFORM = (("logit_scale", 1.0), ("softcap", None), ("temperature", 1.0))
 @pytest.fixture(autouse=True)
 def several_tiles(monkeypatch):
     monkeypatch.setattr("dadpo_kernels.backends.torch_.TorchTiles.tile_columns", staticmethod(lambda *_: 300))
-    monkeypatch.setattr("dadpo_kernels.backends.cpu.CpuTiles.tile_columns", staticmethod(lambda *_: 512))
+    monkeypatch.setattr("dadpo_kernels.backends.cpu.CpuTiles.tile_columns", staticmethod(lambda *_: 384))
 
 
 def check(hidden, weight, k, dtype, backend, labels=None, **options):

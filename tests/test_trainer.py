@@ -90,6 +90,25 @@ def test_evaluation_is_over_the_whole_set(cache, tmp_path, batch):
         assert got[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
 
 
+def test_evaluation_runs_on_the_engine(cache, tmp_path):
+    """One that shards the model, as ZeRO-3 does, gathers parameters inside its own forward only."""
+
+    class Engine(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    t = trainer(cache, tmp_path)
+    want = t.evaluate()["eval_loss"]
+    t.model_wrapped = Engine(t.model)
+    assert t.evaluate()["eval_loss"] == want
+    assert t.model_wrapped.calls == len(t.get_eval_dataloader())
+
+
 def test_logits_are_never_computed(cache, tmp_path):
     t = trainer(cache, tmp_path)
     # The loss runs as the head's forward, so that engines gather the weight for it; what comes out is one number.
@@ -129,6 +148,8 @@ def test_resumed_run_equals_uninterrupted(cache, tmp_path, step):
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert whole.state.global_step == again.state.global_step == 10
+    logged = [[entry for entry in t.state.log_history if "loss" in entry] for t in (whole, again)]
+    assert logged[1] == logged[0]
 
 
 def test_a_cache_is_read_shard_by_shard(tmp_path):

@@ -109,10 +109,12 @@ def test_an_interrupted_report_goes_on(tmp_path, monkeypatch):
     assert made == ["a", "b"]
     assert json.loads(path.read_text()) == results
     assert [r.config for r in static_report.compiled_rows(results)] == ["a", "b"]
-    assert list(static_report.run(path, {"b": unit("b")})["units"]) == ["b"]
-    monkeypatch.setattr(static_report, "fingerprint", lambda: "other kernels")
-    static_report.run(path, {"b": unit("b")})
-    assert made == ["a", "b", "b"]
+    work = {"b": unit("b"), "sm_80, CUDA C++": unit("c")}
+    assert list(static_report.run(path, work)["units"]) == list(work)
+    changed = static_report.fingerprints() | {"triton": "other kernels"}
+    monkeypatch.setattr(static_report, "fingerprints", lambda: changed)
+    static_report.run(path, work)
+    assert made == ["a", "b", "c", "b"]
 
 
 def test_mangled_names():
@@ -121,8 +123,10 @@ def test_mangled_names():
 
 
 def test_the_committed_report_covers_what_ships():
-    """A configuration enters the lists with its compilation, by running `python -m benchmarks.static_report`."""
+    """A configuration, and a change in a kernel, come with their compilation: `python -m benchmarks.static_report`."""
     stored = json.loads((static_report.ROOT / "benchmarks/results/static.json").read_text())
     missing = [name for name in static_report.units() if "CUDA" not in name and name not in stored["units"]]
     assert missing == []
+    for language, now in static_report.fingerprints().items():  # whatever Triton's version here is
+        assert stored["sources"][language].split()[-1] == now.split()[-1], f"{language}: compile its sources of today"
     assert not [str(r) for r in static_report.compiled_rows(stored) if r.complaints]

@@ -11,11 +11,15 @@ import sys
 import pytest
 import torch
 from dense import IGNORE, assert_as_good_as_dense, random_problem, values_and_grads
+from far import far, linux
 from torch.library import opcheck
+from waiting import assert_no_waiting
 
 import dadpo_kernels.selected_logps as module
+from benchmarks.gpu_suite import row_passes
 from dadpo_kernels import linear_topk_logps
 from dadpo_kernels.backends import BACKENDS, resolve, triton_
+from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Grads, Head, Kept, State
 from dadpo_kernels.backends.triton_tuning import CONFIGS
 from dadpo_kernels.selected_logps import plan_for
 
@@ -131,7 +135,8 @@ class TestExtremes:
     def test_gradient_of_the_tail_alone(self, backend, budget):
         """Incoming gradients that are zero but for one output, and zero altogether."""
         p = small(backend, bias=True)
-        for weights in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)):
+        balanced = (float(p.topk_ids.shape[1]), -1.0, 0.0)  # cancel: the selected entries alone get any
+        for weights in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), balanced):
             grads = []
             for name in (backend, "reference"):
                 hidden = p.hidden.clone().requires_grad_()
@@ -183,6 +188,61 @@ def test_sweep_of_configurations():
     assert {row["kernel"] for row in rows} == set(CONFIGS)
     assert all(row["ok"] for row in rows), rows
     assert any(row["config"].endswith("TMA") for row in rows)
+
+
+@interpreted
+def test_row_passes_alone(monkeypatch):
+    """The GPU suite's: on a GPU as CUDA graphs, here as the calls that these repeat."""
+    monkeypatch.setattr(row_passes, "CALLS", 2)
+    p = small("triton_rows").to(torch.bfloat16)
+    rows = list(row_passes.row_passes(p.hidden, p.weight, p.labels.clamp(min=0), p.topk_ids, 2**10, 1))
+    assert [row["pass"] for row in rows if row["ok"]] == [
+        "statistics", "statistics, retaining", "logit_gradient", "column_sums", "topk",
+    ]  # fmt: skip
+
+
+@linux
+@interpreted
+@pytest.mark.parametrize("backend", NAMES)
+def test_offsets_beyond_32_bits(monkeypatch, backend):
+    """Products, their gradient and retained exponentials in rows far apart: all that is as large as N times V."""
+    p = small(backend, rows=3, bias=True).to(torch.bfloat16)
+    entries, head = Entries.merge(p.labels.clamp(min=0), p.topk_ids), Head(p.weight, p.bias, 1.0, 30.0, 1.0)
+    product = p.hidden.float() @ p.weight[:TILE].float().T
+
+    def run(place):
+        kind = BACKENDS[backend].tiles
+        monkeypatch.setattr(kind, "padded", lambda self, columns, dtype: place(3, columns, dtype))
+        monkeypatch.setattr(kind, "products", lambda *_: place(3, TILE, torch.float32).copy_(product))
+        tiles, state = kind(p.hidden, head, entries), State.new(3, entries.ids.shape[1], p.hidden)
+        kept = Kept(place(3, TILE, torch.bfloat16), torch.zeros(3, 4))
+        tiles.statistics(0, TILE, state, kept)
+        results = [state.max, state.sum, state.selected, kept.exps.clone()]
+        coefficients = Coefficients(torch.ones(3), state.max, torch.ones_like(state.selected))
+        for stored in (None, kept):
+            grads = Grads(torch.zeros(p.hidden.shape), torch.zeros_like(p.weight), torch.zeros(300))
+            tiles.gradient(0, TILE, coefficients, grads, stored)
+            results += [grads.hidden, grads.weight, grads.bias]
+        best = Best(torch.full((3, 11), -torch.inf), torch.zeros(3, 11, dtype=torch.int32), torch.zeros(3), 5)
+        tiles.topk(0, TILE, state, best)
+        return [*results, best.values, best.ids]
+
+    # Less than 2^31, or the stride itself would make 64-bit products.
+    def far_apart(rows, columns, dtype):
+        return far(rows, columns, dtype, stride=2**30 + 8)
+
+    near = run(lambda rows, columns, dtype: torch.zeros(rows, columns, dtype=dtype))
+    for got, want in zip(run(far_apart), near, strict=True):
+        assert torch.equal(got, want)
+        assert got.isfinite().any()
+        assert got.abs().sum() > 0
+
+
+@interpreted
+@pytest.mark.parametrize("budget", BUDGETS.values())
+@pytest.mark.parametrize("backend", NAMES)
+def test_nothing_waits_for_the_device(backend, budget):
+    assert_no_waiting(BACKENDS[backend].tiles, small(backend, bias=True), budget, backend)
 
 
 @interpreted

@@ -11,9 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from ranks import run_ranks
+from ranks import needs_deepspeed, run_ranks
 from safetensors.torch import load_file
-from test_engines import ROOT, deepspeed, finish, launch, recipe_environment
+from test_engines import ROOT, finish, launch, recipe_environment
 from test_trl_trainer import SETTINGS
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -103,7 +103,7 @@ def alone(directory):
     return {case: train(case, directory, f"one-{case}", ranks=1) for case in CASES}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("zero3", marks=deepspeed)])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def together(request, directory):
     return request.param, run_ranks(2, train_rank, recipe_environment(request.param), directory, request.param)[0]
 

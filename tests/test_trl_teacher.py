@@ -11,9 +11,10 @@ from peft import LoraConfig
 from test_trl_trainer import SETTINGS
 from tiny import chat_records, tiny_llama, tiny_tokenizer
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from trl import DPOConfig, DPOTrainer
 
+from dadpo_kernels.integrations import trl
 from dadpo_kernels.integrations.trl import DaDPOConfig, DaDPOTrainer
 from dadpo_kernels.integrations.trl_dataset import as_trl_dataset
 from dadpo_kernels.linear_loss import linear_dadpo_loss
@@ -208,7 +209,9 @@ def test_the_model_gets_no_column_of_the_teacher_and_makes_no_logits(cache, no_r
         watched.register_forward_pre_hook(
             lambda module, args, kwargs, name=name: calls.setdefault(name, set(kwargs)) and None, with_kwargs=True
         )
-        watched.lm_head.register_forward_hook(lambda module, args, out: widths.update(x.shape[2:] for x in out))
+        watched.lm_head.register_forward_hook(
+            lambda module, args, out: widths.update(x.shape[2:] for x in tree_leaves(out))
+        )
     t.train()
     common = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}
     assert calls == {"policy": common | {"topk_ids"}, "reference": common}
@@ -241,6 +244,23 @@ def test_an_engine_that_rounds_does_not_round_the_loss(no_reference, tmp_path):
     assert torch.equal(got, want)
     for a, b in zip(got_grads, want_grads, strict=True):
         assert (a - b).norm() < 0.01 * b.norm()  # the gradient passes the engine, in its precision
+
+
+def test_no_reference_is_loaded_where_none_is_needed(cache, tmp_path, monkeypatch):
+    """Under FSDP TRL loads one from the policy's path, also where the data has its log-probabilities."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    loaded, load = [], trl.create_model_from_path
+    monkeypatch.setattr(trl, "create_model_from_path", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    create = DaDPOTrainer.create_accelerator_and_postprocess
+
+    def under_fsdp(self):
+        create(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DaDPOTrainer, "create_accelerator_and_postprocess", under_fsdp)
+    t = trainer(PairDataset(cache), tmp_path / "out", model=str(tmp_path / "model"))
+    assert t.ref_model is None
+    assert loaded == [(str(tmp_path / "model"),)]
 
 
 def test_token_metrics_can_be_left_out(cache, tmp_path):

@@ -17,14 +17,16 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def run(trainer_class, config_class, out, steps=30, model=None, ref_model=None, data=None, **options):
+def run(
+    trainer_class, config_class, out, steps=30, model=None, ref_model=None, data=None, processor=TOKENIZER, **options
+):
     model = model or tiny_llama(seed=1)
     trainer = trainer_class(
         model,
         ref_model or tiny_llama(seed=1),
         config_class(str(out), max_steps=steps, **SETTINGS | options),
         train_dataset=data or Dataset.from_list(chat_records(16, seed=3)),
-        processing_class=TOKENIZER,
+        processing_class=processor,
     )
     trainer.train()
     return trainer

@@ -139,11 +139,11 @@ def test_a_refusal_is_not_tried_again(vllm, tmp_path, code, message):
 
 
 def test_an_interrupted_run_keeps_every_answer(vllm, tmp_path, expected):
-    vllm.faults = [None] * 7 + [vllm_server.status(400)]
+    vllm.faults = [None] * 7 + [vllm_server.status(400)] * 99
     for _ in range(3):
         with pytest.raises(ServerError):
             capture(vllm, tmp_path)
-        vllm.faults = [None, None, vllm_server.status(400)]
+        vllm.faults = [None, None] + [vllm_server.status(400)] * 99
     vllm.faults = []
     capture(vllm, tmp_path)
     check(tmp_path, expected)
@@ -293,6 +293,7 @@ def test_the_tail_of_a_confident_teacher_is_bounded_by_what_is_known():
         ({5: math.nan, 3: -1.0}, 5, 2, "no log-probabilities"),
         ({5: 0.5, 3: -1.0}, 5, 2, "no log-probabilities"),
         ({5: -0.1, 3: -0.1}, 5, 2, "probabilities sum to 1.8"),
+        ({3: -1.0, 5: -9.0}, 5, 2, r"top 2 sum to 0.3680, .* one of the top k is missing"),
         ({5: -1.0, 100: -1.0}, 5, 2, "outside the vocabulary of 100"),
         ({5: -1.0, -1: -1.0}, 5, 2, "outside the vocabulary"),
         ({5: -1.0, 3: -2.0, 4: -2.0}, 5, 2, "outside the top k is more probable"),

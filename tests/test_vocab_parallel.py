@@ -77,7 +77,7 @@ def sharded(p: Problem, backend: str, budget: int | None, needs: dict[str, bool]
 
 
 def traffic(rows: int, vocab: int, width: int, k: int) -> dict:
-    p = random_problem(rows, vocab, width, k)
+    p = random_problem(rows, vocab, width, k).to(torch.bfloat16)  # sums of the ranks are float32 all the same
     with Traffic() as counted:
         sharded(p, "torch", 0)
     return {"bytes": counted.bytes(), "largest": counted.largest, "valid": int((p.labels != IGNORE).sum())}
@@ -88,10 +88,12 @@ def dtensor() -> dict:
     p = random_problem(vocab=1001, bias=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight, bias = (distribute_tensor(t, mesh, [Shard(0)]).requires_grad_() for t in (p.weight, p.bias))
-    out = vocab_parallel_selected_logps(
-        p.hidden, weight, p.labels, p.topk_ids, bias=bias, group=mesh.get_group(), **p.options
-    )
-    out.label.sum().backward()
+    with Traffic() as counted:
+        out = vocab_parallel_selected_logps(
+            p.hidden, weight, p.labels, p.topk_ids, bias=bias, group=mesh.get_group(), **p.options
+        )
+        out.label.sum().backward()
+    assert counted.bytes().keys() == {"allreduce_", "allgather_"}  # of counts and sums; a whole head has another name
     assert isinstance(weight.grad, DTensor)
     assert len(weight.grad.to_local()) < len(p.weight)
     return {"label": out.label.detach(), "weight": weight.grad.full_tensor(), "bias": bias.grad.full_tensor()}

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dadpo_kernels.backends import triton_, triton_tuning
+from dadpo_kernels.backends import BACKENDS, triton_, triton_tuning
 from dadpo_kernels.backends.row_tiles import accumulate, rounded_mm
 from dadpo_kernels.backends.tiled import Coefficients, Entries, Head, Kept, State
 from dadpo_kernels.backends.torch_ import wide_mm
@@ -20,7 +20,9 @@ from ..cases import IGNORE_INDEX, peaked_head, with_teacher
 from ..variants import find_variant
 from .checks import correctness
 from .contenders import COMPILED, contenders
-from .timing import peak_bytes, seconds, times
+from .row_passes import row_passes
+from .sanitizer import sanitizers
+from .timing import attempt, copy_bandwidth, peak_bytes, seconds, times
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,11 @@ class Stage(NamedTuple):
     seconds: float
 
 
-WHOLE_LOSSES = ("recompute", "default", "retain", "dense", "trl-compacted", "liger")
+WHOLE_LOSSES, RIVALS = ("recompute", "default", "retain", "dense"), ("trl-compacted", "liger")
 
 
 def ceilings(s: Settings) -> Iterator[dict]:
-    source = torch.randn(s.copied // 4, device=s.device)  # not zeros, on which some GPUs are faster
-    target = torch.empty_like(source)
-    copy = seconds(s.device, lambda: target.copy_(source), s.repeats)
-    yield {"what": "copy", "bytes_per_second": 2 * s.copied / copy}
+    yield {"what": "copy", "bytes_per_second": copy_bandwidth(s.device, s.copied, s.repeats)}
     a = torch.randn(s.square, s.square, device=s.device).to(torch.bfloat16)
     product = seconds(s.device, lambda: a @ a, s.repeats)
     yield {"what": f"bfloat16 product, {s.square} cubed", "flops": 2 * s.square**3 / product}
@@ -99,9 +98,8 @@ def batch(s: Settings, width: int, vocab: int, top_k: int, masked: bool) -> Batc
 def table(s: Settings) -> Iterator[dict]:
     """Forward, and forward with backward, of everyone, beside the three products alone."""
     for shape, (width, vocab) in s.shapes.items():
-        yield {"shape": shape, "name": "the three products"} | attempt(
-            lambda: floor(s, batch(s, width, vocab, 0, False))  # noqa: B023
-        )
+        head = {"shape": shape, "name": "the three products", "tokens": s.tokens, "width": width, "vocab": vocab}
+        yield head | attempt(lambda: floor(s, batch(s, width, vocab, 0, False)))  # noqa: B023
     yield from compare(s, compiled=False)
 
 
@@ -143,26 +141,20 @@ def measured(s: Settings, loss: Callable[..., Tensor], data: Batch) -> dict:
 
     both()
     hidden.grad = weight.grad = None
-    peak = peak_bytes(s.device, both)
+    peak, forward_peak = peak_bytes(s.device, both), peak_bytes(s.device, forward)
     gradients = (hidden.numel() + weight.numel()) * hidden.element_size()
     passes = times(s.device, both, s.repeats)
-    time = statistics.median(passes)
-    return {
-        "forward_seconds": seconds(s.device, forward, s.repeats),
+    time, forward_time = statistics.median(passes), seconds(s.device, forward, s.repeats)
+    product = 2 * s.tokens * weight.numel()
+    return {  # the flops are those that the task needs, whatever else was computed
+        "forward_seconds": forward_time,
+        "forward_flops": product / forward_time,
+        "forward_peak_bytes": forward_peak,
         "both_seconds": time,
         "both_slowest_seconds": max(passes),
-        "both_flops": 6 * s.tokens * weight.numel() / time,  # that the task needs, whatever else was computed
+        "both_flops": 3 * product / time,
         "peak_bytes_above_gradients": None if peak is None else peak - gradients,
     }
-
-
-def attempt(run: Callable[[], dict]) -> dict:
-    """What `run` returns, or the reason why it did not: a rival that fails costs its own row only."""
-    try:
-        return run()
-    except Exception as error:
-        torch.cuda.empty_cache()
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def products(s: Settings) -> Iterator[dict]:
@@ -237,12 +229,26 @@ def timed_and_held(s: Settings, run: Callable[[], tuple[Tensor, ...]], fixed: tu
     return {"seconds": time, "difference": difference, "ok": difference <= torch.finfo(torch.bfloat16).eps}
 
 
+def passes(s: Settings) -> Iterator[dict]:
+    """Of the first shape: a tile has the same columns in all of them."""
+    width, vocab = next(iter(s.shapes.values()))
+    data = batch(s, width, vocab, min(64, vocab // 2), False)
+    assert data.topk_ids is not None
+    yield from row_passes(data.hidden, data.weight, data.labels, data.topk_ids, s.copied, s.repeats)
+
+
+def sanitize(s: Settings) -> Iterator[dict]:
+    if BACKENDS["cuda"].obstacle(s.device, torch.bfloat16) is None:
+        yield from sanitizers()
+
+
 def end_to_end(s: Settings) -> Iterator[dict]:
     """The whole loss, DPO with the teacher's KL, against Liger's DPO, TRL's log-probabilities and full logits."""
     width, vocab = next(iter(s.shapes.values()))
     hidden, weight, labels = peaked_head(s.pair_tokens, width, vocab, device=s.device)
     inputs = with_teacher(hidden.to(torch.bfloat16), weight.to(torch.bfloat16), labels, top_k=min(64, vocab // 2))
-    for name in WHOLE_LOSSES:
+    # Rivals are Triton's or a compiler's, which takes a minute on a CPU.
+    for name in WHOLE_LOSSES + (RIVALS if s.device.type == "cuda" else ()):
         variant = find_variant(name)
         for objective in variant.objectives:
 
@@ -256,15 +262,17 @@ def end_to_end(s: Settings) -> Iterator[dict]:
             yield {"name": variant.label, "objective": objective} | attempt(cost)
 
 
-# Together 450 seconds at most; each has left what it measured when it is cut off.
+# The suite's own limit cuts the last ones short if all before took theirs. Each has left what it measured.
 STAGES = {
     "ceilings": Stage(ceilings, 20),
     "correctness": Stage(check, 100),
     "table": Stage(table, 170),
     "end_to_end": Stage(end_to_end, 50),
+    "row_passes": Stage(passes, 25),
     "sweep": Stage(sweep, 50),
     "products": Stage(products, 20),
     "compiled": Stage(compiled, 40),
+    "sanitizers": Stage(sanitize, 120),
 }
 
 

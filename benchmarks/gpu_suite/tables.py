@@ -7,6 +7,10 @@ from typing import Any
 
 from .. import style
 
+# What the backends are built for. A step over its three products, where H is WIDE or more; bytes beside the gradients
+# (and the exponentials, if they are retained); a row pass over the copy.
+STEP, WIDE, ROOM, PASS = {"retain": 1.15, "recompute": 1.55}, 3072, 300 * 2**20, 0.85
+
 
 def markdown(columns: list[str], rows: list[dict]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -31,7 +35,7 @@ def readable(row: dict) -> dict:
         elif name == "bytes_per_second":
             out["GB/s"] = value / 1e9
         elif name.endswith("flops"):
-            out["TFLOP/s"] = value / 1e12
+            out[name.replace("flops", "TFLOP/s").replace("_", " ")] = value / 1e12
         elif "bytes" in name:
             out[name.replace("bytes", "MiB").replace("_", " ")] = value / 2**20
         else:
@@ -39,16 +43,57 @@ def readable(row: dict) -> dict:
     return out
 
 
+def floors(results: dict) -> dict[str, float]:
+    """Seconds that the three matrix products of a shape take alone."""
+    rows = results["stages"].get("table", {"rows": []})["rows"]
+    return {row["shape"]: row["both_seconds"] for row in rows if "top_k" not in row and "both_seconds" in row}
+
+
+def over_floor(row: dict, floor: dict[str, float]) -> dict:
+    known = "top_k" in row and "both_seconds" in row and row["shape"] in floor
+    return {"times the products": row["both_seconds"] / floor[row["shape"]]} if known else {}
+
+
+def goals(results: dict) -> list[dict]:
+    """Every measured figure that has a goal, and whether it reaches it."""
+    found, floor = [], floors(results)
+    rows = {name: stage["rows"] for name, stage in results["stages"].items()}
+    heads = {row["shape"]: row for row in rows.get("table", []) if "width" in row}
+
+    def add(goal: str, of: str, measured: float, limit: float, reached: bool) -> None:
+        found.append({"goal": goal, "of": of, "measured": measured, "limit": limit, "reached": reached})
+
+    for row in rows.get("table", []):
+        plan = row["name"].rpartition(", ")[2]
+        if plan not in STEP or row["shape"] not in heads or "both_seconds" not in row:
+            continue
+        head, ratio = heads[row["shape"]], over_floor(row, floor).get("times the products")
+        of = f"{row['shape']}, K = {row['top_k']}{', half masked' if row['masked'] else ''}: {row['name']}"
+        if head["width"] >= WIDE and ratio is not None:
+            add("step, times the products, at most", of, ratio, STEP[plan], ratio <= STEP[plan])
+        peak = row["peak_bytes_above_gradients"]
+        if peak is not None:
+            room = ROOM + (2 * head["tokens"] * head["vocab"] if plan == "retain" else 0)
+            add("MiB beside gradients, at most", of, peak / 2**20, room / 2**20, peak <= room)
+    for row in rows.get("row_passes", []):
+        if "of_copy" in row:
+            of = f"{row['backend']}, {row['pass']}"
+            add("row pass, share of the copy, at least", of, row["of_copy"], PASS, row["of_copy"] >= PASS)
+    return found
+
+
 def report(results: dict) -> str:
-    environment = results["environment"]
+    environment, floor = results["environment"], floors(results)
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     parts = [f"{environment['device']}; {versions}; {environment['date']}, commit {environment['commit']}"]
     for name, stage in results["stages"].items():
-        rows = [readable(row) for row in stage["rows"]]
+        rows = [readable(row) | over_floor(row, floor) for row in stage["rows"]]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         parts.append(f"### {name.replace('_', ' ')} ({stage['status']})")
         if rows:
             parts.append(markdown(columns, rows))
+    if found := goals(results):
+        parts += ["### goals", markdown(list(found[0]), found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -58,8 +103,7 @@ def draw(results: dict) -> Any:
     A line marks what the three matrix products alone take.
     """
     timed = [row for name in ("table", "compiled") for row in results["stages"].get(name, {"rows": []})["rows"]]
-    timed = [row for row in timed if "both_seconds" in row]
-    floors = {row["shape"]: row["both_seconds"] * 1e3 for row in timed if "top_k" not in row}
+    timed, floor = [row for row in timed if "both_seconds" in row], floors(results)
     rows = [row for row in timed if "top_k" in row and not row["masked"]]
     least = min(row["top_k"] for row in rows)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -70,8 +114,8 @@ def draw(results: dict) -> Any:
         colors = [style.OURS if row["name"].startswith("dadpo") else style.RIVAL for row in shown]
         bars = panel.barh([row["name"] for row in shown], [row["both_seconds"] * 1e3 for row in shown], color=colors)
         panel.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        if shape in floors:
-            panel.axvline(floors[shape], color=style.LIMIT)
+        if shape in floor:
+            panel.axvline(floor[shape] * 1e3, color=style.LIMIT)
         panel.set(title=f"{shape}, K = {least}", xlabel="forward and backward, ms")
     return drawing
 

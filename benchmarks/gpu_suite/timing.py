@@ -1,4 +1,4 @@
-"""Time and memory of one call."""
+"""Time and memory of one call, or why it failed."""
 
 import statistics
 import time
@@ -43,3 +43,19 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
+    """Bytes read and written per second by a copy of `size` bytes."""
+    source = torch.randn(size // 4, device=device)  # not zeros, on which some GPUs are faster
+    target = torch.empty_like(source)
+    return 2 * size / seconds(device, lambda: target.copy_(source), repeats)
+
+
+def attempt(run: Callable[[], dict]) -> dict:
+    """What `run` returns, or the reason why it did not: a rival that fails costs its own row only."""
+    try:
+        return run()
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return {"error": f"{type(error).__name__}: {error}"[:300]}

@@ -8,6 +8,8 @@ from ..cases import CASES, TOP_K
 from .parts import NOTHING, Plot, source, table
 
 COMMAND = "python -m benchmarks.run --device cpu --out benchmarks/results/cpu.json"
+LENGTHS = "python -m benchmarks.run --tokens N --only recompute --out benchmarks/results/cpu.json"
+OBJECTIVES = {"dpo": "DPO", "dpo+kl": "DPO + KL", "ce": "CE"}
 BEGIN, END = "<!-- benchmark:cpu -->", "<!-- /benchmark:cpu -->"
 
 
@@ -74,20 +76,28 @@ def gradient_error(row: dict) -> float:
 
 def notes(sections: list[dict]) -> str:
     first = sections[0]
-    machine = first["environment"]
-    same = ("cpu", "cpu_capability", "threads", "versions")
-    if any(section["environment"][key] != machine[key] for section in sections for key in same):
-        raise ValueError("the sections were measured on different machines or versions: run them again in one place")
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    commits = ", ".join(dict.fromkeys(section["environment"]["commit"] for section in sections))
     return (
         f"Forward and backward, {first['tokens']:,} tokens in two pairs, of which {first['valid_tokens']:,} are "
         "answer tokens; every variant in a process of its own, in turn, medians. Memory is the growth of the resident "
         "set over the inputs, gradients included. The gradient's error is relative, against float64. "
-        "\\* plain cross-entropy on the same tokens: less work than DPO.\n\n"
-        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads; Python {machine['python']}, "
-        f"{versions}; {machine['date']}, commit {commits}."
+        "\\* plain cross-entropy on the same tokens: less work than DPO.\n\n" + "\n\n".join(machines(sections))
     )
+
+
+def machines(sections: list[dict]) -> list[str]:
+    """A line for each machine, with what was measured there if there are several; ratios are to the floor there."""
+    groups: dict[str, list[dict]] = {}
+    for section in sections:
+        e = section["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+        machine = f"{e['cpu']} ({e['cpu_capability']}), {e['threads']} threads; Python {e['python']}, {versions}"
+        groups.setdefault(machine, []).append(section)
+    lines = []
+    for machine, here in groups.items():
+        measured = ", ".join(f"{CASES[s['case']].split(',')[0]} in {s['dtype']}" for s in here)
+        dates, commits = (", ".join(dict.fromkeys(s["environment"][key] for s in here)) for key in ("date", "commit"))
+        lines.append(f"{measured + ': ' if len(groups) > 1 else ''}{machine}; {dates}, commit {commits}.")
+    return lines
 
 
 def draw(comparison: dict[str, dict]) -> Any:
@@ -119,6 +129,21 @@ def draw(comparison: dict[str, dict]) -> Any:
 def plots(comparison: dict[str, dict]) -> list[Plot]:
     measured = source([section["environment"] for section in comparison.values()], COMMAND)
     return [Plot("cpu.png", "Time and memory of every variant", comparison, measured, draw)]
+
+
+def lengths(sections: dict[str, dict]) -> str:
+    """Time and memory over the number of tokens."""
+    rows, ordered = [], sorted(sections.values(), key=lambda section: section["tokens"])
+    for section in ordered:
+        for row in section["rows"]:
+            head = [CASES[section["case"]].split(",")[0], section["dtype"], row["label"], OBJECTIVES[row["objective"]]]
+            beside = f"{peak(row) - section['gradient_mib']:,.0f}"
+            rows.append(
+                [*head, f"{section['tokens']:,}", f"{section['valid_tokens']:,}", f"{row['ratio']:.2f}", beside]
+            )
+    header = ["head", "dtype", "variant", "loss", "tokens", "answer tokens", "time / floor", "MiB beside gradients"]
+    measured = source([section["environment"] for section in ordered], f"`{LENGTHS}`")
+    return f"{table(header, rows)}\n\nMeasured on {measured}."
 
 
 def markdown(comparison: dict[str, dict]) -> str:

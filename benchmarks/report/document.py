@@ -61,6 +61,8 @@ PARTS = (
         "This package and its peers on a CPU", "cpu", "comparison", comparison.COMMAND,
         comparison.markdown, comparison.plots,
     ),
+    Part("Where the time of an exact step goes", "phases", None, studies.PHASES, studies.phases),
+    Part("Longer batches on a CPU", "cpu", "lengths", comparison.LENGTHS, comparison.lengths),
     Part("Scaling", "cpu", "scaling", scaling.COMMAND, scaling.markdown, scaling.plots),
     Part("The live plan: cost and error", "live_cost", None, studies.LIVE_COST, studies.live_cost),
     Part("The live plan: training", "live_training", None, studies.LIVE_TRAINING, studies.live_training),

@@ -1,4 +1,4 @@
-"""Tables of the studies that have a program and a file of their own: live plan, teacher capture, a step of TRL's."""
+"""Tables of the studies that have a program and a file of their own: phases, live plan, capture, a step of TRL's."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from ..capture_report import report as capture_tables
 from ..trl_step import table as step_table
 from .parts import NOTHING, caption, table
 
+PHASES = "python -m benchmarks.phases --out benchmarks/results/phases.json"
 LIVE_COST = "python -m benchmarks.live_cost --out benchmarks/results/live_cost.json --plot docs/live_cost.png"
 LIVE_TRAINING = "python -m benchmarks.live_training --out benchmarks/results/live_training.json"
 CAPTURE = "python -m benchmarks.capture {} --out benchmarks/results/capture.json"
@@ -17,6 +18,27 @@ METRICS = {
     "heldout_accuracy": "held-out preference accuracy",
 }
 DIAGNOSTICS = {"live_share": "live share of the columns", "units": "matrix products"}
+
+
+def phases(results: dict) -> str:
+    def ratio(plan: str, *parts: str) -> str:
+        seconds = zip(*(results["plans"][plan][part] for part in parts), strict=True)
+        ratios = (sum(times) / floor for times, floor in zip(seconds, results["floor"], strict=True))
+        return f"{statistics.median(ratios):.2f}"
+
+    columns = (("forward",), ("backward",), ("forward", "backward"), ("fresh",), ("step",))
+    rows = [[plan, *(ratio(plan, *parts) for parts in columns)] for plan in results["plans"]]
+    header = ["plan", "forward", "backward", "both", "both, in memory not touched before", "whole step"]
+    return "\n\n".join(
+        [
+            "Times over those of PyTorch's three products in the same process and round, medians. The passes and the "
+            "products write to memory that is there already; a training step gets its gradient and what it retains "
+            "from the operating system each time, page by page. The whole step is timed right after that, and may "
+            "find the pages that were just freed.",
+            table(header, rows),
+            caption(results["environment"], PHASES),
+        ]
+    )
 
 
 def live_cost(results: dict) -> str:

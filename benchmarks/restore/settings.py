@@ -38,8 +38,8 @@ class Method:
 
 
 # As many points for everybody. A preference term multiplies sums over an answer, the other two are means over tokens.
-PREFERENCE_GRID = (Point(3e-5, 0.1), Point(1e-4, 0.1), Point(1e-4, 0.02))
-SFT_GRID = (Point(3e-5), Point(1e-4), Point(3e-4))
+PREFERENCE_GRID = (Point(1e-5, 0.1), Point(3e-5, 0.1), Point(1e-4, 0.1), Point(1e-4, 0.02))
+SFT_GRID = (Point(1e-5), Point(3e-5), Point(1e-4), Point(3e-4))
 
 METHODS = {
     "sft": Method("SFT", sft_weight=1.0),

@@ -24,72 +24,94 @@ inline void store_some(float* p, vf v, long count) {
     else memcpy(p, &v, count * sizeof(float));
 }
 
-// One group of raw products of kLanes tokens -> exp(logit - base) * slope, 0 at the tokens' entries.
-struct LiveLanes {
-    const Tile& t;
-    const Statistics& s;
-    const long row, count;  // tokens [row, row + count)
-    long cursor[kLanes];  // each token's next entry: ids ascend, and so do groups
-
-    LiveLanes(const Tile& tile, const Statistics& statistics, long first_row, long lanes)
-        : t(tile), s(statistics), row(first_row), count(lanes) {
-        for (long i = 0; i < count; i++) cursor[i] = find(t, row + i, t.first, t.first).begin;
-    }
-
-    void group(long begin, long columns, float* z, float* base_out) {
-        const float* bias = t.bias ? t.bias + begin : nullptr;
-        const float factor = t.scale * t.inv_temperature, in = t.softcap > 0 ? t.scale / t.softcap : 0;
-        const float out = t.softcap * t.inv_temperature;
+// One group of raw products of kLanes tokens, z [columns, ld] -> exp(logit - base) * slope, 0 at the tokens' entries, in
+// out [columns, rows]; also the logits of the entries, the base and the exponentials' sum.
+inline void live_lanes(const Tile& t, const Statistics& s, long row, long begin, long columns, float* z, long ld,
+                       float* out, float* base_out, float* sum_out) {
+    const long count = std::min<long>(kLanes, t.rows - row);
+    const float* bias = t.bias ? t.bias + begin : nullptr;
+    const float factor = t.scale * t.inv_temperature, in = t.softcap > 0 ? t.scale / t.softcap : 0;
+    const float cap = t.softcap * t.inv_temperature, per_cap = t.softcap > 0 ? 1 / cap : 0;
+    if (bias || t.softcap > 0 || factor != 1)
         for (long j = 0; j < columns; j++) {
-            float* p = z + j * t.rows;
-            vf x = load_some(p, count);
-            if (bias) x += bias[j];
-            store_some(p, t.softcap > 0 ? vtanh(x * in) * out : x * factor, count);
+            const vf x = load<vf>(z + j * ld) + (bias ? bias[j] : 0);
+            store(z + j * ld, t.softcap > 0 ? vtanh(x * in) * cap : x * factor);
         }
-        long last[kLanes];
-        for (long i = 0; i < count; i++) {
-            const int32_t* ids = t.ids + (row + i) * t.entries;
-            long e = cursor[i];
-            for (; e < t.entries && ids[e] < t.first + begin + columns; e++)
-                s.selected[(row + i) * t.entries + e] = z[(ids[e] - t.first - begin) * t.rows + i];
-            last[i] = e;
-            for (e = cursor[i]; e < last[i]; e++)
-                if (t.in_topk[(row + i) * t.entries + e]) z[(ids[e] - t.first - begin) * t.rows + i] = -INFINITY;
-        }
-        vf max = splat(-INFINITY);
-        for (long j = 0; j < columns; j++) max = vmax(load_some(z + j * t.rows, count), max);  // NaN stays
-        const vf base = max == -INFINITY ? vf{} : max;
-        vf sum{};
-        for (long j = 0; j < columns; j++) {
-            float* p = z + j * t.rows;
-            const vf x = load_some(p, count), e = vexp(x - base);
-            sum += e;
-            if (t.softcap > 0) {
-                const vf y = x * (1 / out);
-                store_some(p, e * (1.0f - y * y), count);
-            } else {
-                store_some(p, e, count);
-            }
-        }
-        for (long i = 0; i < count; i++) {
-            const int32_t* ids = t.ids + (row + i) * t.entries;
-            for (long e = cursor[i]; e < last[i]; e++) z[(ids[e] - t.first - begin) * t.rows + i] = 0;
-            cursor[i] = last[i];
-            absorb(s.max + row + i, s.sum + row + i, max[i], sum[i]);
-        }
-        store_some(base_out + row, base, count);
+    const long first = t.first + begin;
+    Hits hits[kLanes];
+    for (long i = 0; i < count; i++) {
+        hits[i] = find(t, row + i, first, first + columns);
+        const int32_t* ids = t.ids + (row + i) * t.entries;
+        for (long e = hits[i].begin; e < hits[i].end; e++)
+            s.selected[(row + i) * t.entries + e] = z[(ids[e] - first) * ld + i];
+        for (long e = hits[i].begin; e < hits[i].end; e++)
+            if (t.in_topk[(row + i) * t.entries + e]) z[(ids[e] - first) * ld + i] = -INFINITY;
     }
-};
+    vf max = splat(-INFINITY);
+    for (long j = 0; j < columns; j++) max = vmax(load<vf>(z + j * ld), max);  // NaN stays
+    const vf base = max == -INFINITY ? vf{} : max;
+    vf sum{};
+    for (long j = 0; j < columns; j++) {
+        const vf x = load<vf>(z + j * ld), e = vexp(x - base), y = x * per_cap;
+        sum += e;
+        store_some(out + j * t.rows, t.softcap > 0 ? e * (1.0f - y * y) : e, count);
+    }
+    for (long i = 0; i < count; i++)
+        for (long e = hits[i].begin; e < hits[i].end; e++)
+            out[(t.ids[(row + i) * t.entries + e] - first) * t.rows + i] = 0;
+    store_some(base_out, max, count);
+    store_some(sum_out, sum, count);
+}
 
-// A tile of raw products z [columns, rows] -> exponentials, each group's from its own base [groups, rows].
-inline void live_exponentials(const Tile& t, const Statistics& s, float* z, float* bases) {
+// A chunk's logits over the whole tile -> exps [columns, rows], each group's from its own base [groups, rows], -inf for a
+// group of nothing else. The weight is the broadcast operand, float32 read in place, and the few tokens are packed; a
+// group's products stay in the L2 cache until they are exponentials.
+template <typename T>
+void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* bases) {
+    using U = OperandOf<T>;
+    const long depth = Units<U>::count(t.width), groups = groups_of(t.columns), panels = panels_of(t.rows);
+    constexpr bool in_place = std::is_same_v<T, float>;
+    const long stride = in_place ? t.hidden_stride : depth * Units<U>::per;
+    const long weight_stride = in_place ? t.weight_stride : depth;  // in units
+    std::vector<U> hidden_space(in_place ? 0 : t.rows * stride);
+    std::vector<uint32_t> packed(panels * depth * kPanel);
+    std::vector<float> sums(groups * t.rows);
+    const U* hidden = operand_rows(static_cast<const T*>(t.hidden), t.hidden_stride, t.rows, t.width, hidden_space.data());
+    for (long p = 0; p < panels; p++)
+        pack_panel_transposed<U>(hidden + p * kPanel * stride, stride, t.rows - p * kPanel, t.width,
+                                 packed.data() + p * depth * kPanel);
     Team::run(t.threads, [&](Team& team, int rank) {
-        const auto [begin, end] = team.share(rank, t.rows, 16);
-        for (long row = begin; row < end; row += kLanes) {
-            LiveLanes lanes(t, s, row, std::min<long>(kLanes, end - row));
-            for (long column = 0; column < t.columns; column += kGroup)
-                lanes.group(column, std::min(kGroup, t.columns - column), z + column * t.rows + row,
-                            bases + column / kGroup * t.rows);
+        std::vector<U> weight_space(in_place ? 0 : kGroup * depth * Units<U>::per);
+        std::vector<float> z(kGroup * panels * kPanel);
+        const auto [begin, end] = team.share(rank, groups, 1);
+        for (long g = begin; g < end; g++) {
+            const long columns = std::min(kGroup, t.columns - g * kGroup), ld = panels * kPanel;
+            const U* weight = operand_rows(static_cast<const T*>(t.weight) + g * kGroup * t.weight_stride,
+                                           t.weight_stride, columns, t.width, weight_space.data());
+            for (long i = 0; i < columns; i += kBlock)
+                gemm<U>(reinterpret_cast<const uint32_t*>(weight) + i * weight_stride, kRows * weight_stride,
+                        weight_stride, 1, packed.data(), depth, depth, std::min(kBlock, columns - i), panels,
+                        z.data() + i * ld, ld, false);
+            for (long row = 0; row < t.rows; row += kLanes)
+                live_lanes(t, s, row, g * kGroup, columns, z.data() + row, ld, exps + g * kGroup * t.rows + row,
+                           bases + g * t.rows + row, sums.data() + g * t.rows + row);
+        }
+        team.barrier();
+        // Groups in ascending order for every token: the sum does not depend on the number of threads.
+        const auto [first, last] = team.share(rank, t.rows, 16);
+        for (long row = first; row < last; row += kLanes) {
+            const long count = std::min<long>(kLanes, last - row);
+            vf max = splat(-INFINITY);
+            for (long g = 0; g < groups; g++) max = vmax(load_some(bases + g * t.rows + row, count), max);
+            const vf base = max == -INFINITY ? vf{} : max;
+            double sum[kLanes] = {};
+            for (long g = 0; g < groups; g++) {
+                const vf own = load_some(bases + g * t.rows + row, count);
+                const vf part = vexp(own - base) * load_some(sums.data() + g * t.rows + row, count);
+                for (long i = 0; i < count; i++) sum[i] += part[i];
+            }
+            store_some(s.max + row, max, count);
+            memcpy(s.sum + row, sum, count * sizeof(double));
         }
     });
 }

@@ -104,6 +104,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("prefer_huge_pages", &prefer_huge_pages);
     m.def("active", [] { return active->name; });
     m.def("panel", [] { return active->panel; });
+    m.def("multiplies_bf16", [] { return active->multiplies_bf16; });
     m.def("workspace_bytes", [](const Tile& t, bool logits, bool grad_hidden, bool keep_dz) {
         return active->workspace_bytes(t, logits, grad_hidden, keep_dz);
     });
@@ -141,8 +142,8 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def(
         "live_exponentials",
-        [](const Tile& t, uintptr_t max, uintptr_t sum, uintptr_t selected, uintptr_t z, uintptr_t bases) {
-            active->live_exponentials(t, {at<float>(max), at<double>(sum), at<float>(selected)}, at<float>(z),
+        [](const Tile& t, uintptr_t max, uintptr_t sum, uintptr_t selected, uintptr_t exps, uintptr_t bases) {
+            active->live_exponentials(t, {at<float>(max), at<double>(sum), at<float>(selected)}, at<float>(exps),
                                       at<float>(bases));
         },
         py::call_guard<py::gil_scoped_release>());

@@ -10,10 +10,7 @@
 namespace dadpo {
 namespace {
 
-constexpr long kBlock = 96;  // rows at a time: their operands and a group of their logits fit in the L2 cache
-
 long groups(const Tile& t) { return (t.columns + kGroup - 1) / kGroup; }
-long panels(long columns) { return (columns + kPanel - 1) / kPanel; }
 
 // Carves aligned pieces from the caller's workspace; with a null base it only counts.
 class Arena {
@@ -34,26 +31,28 @@ private:
 
 struct Workspace {
     uint32_t *logits_b = nullptr, *hidden_b = nullptr;  // the tile's weight as B of h W^T, and as B of dz W
-    void* dz = nullptr;  // [rows, groups * kGroup], kept for the weight gradient
+    void* dz = nullptr;  // [groups, rows, kGroup] and kLanes more, kept for the weight gradient
     struct Local {
         float *z, *slope, *c;
-        uint32_t* a;
+        uint32_t *hidden, *a;  // A of hidden W^T where it is not hidden itself, and of dz^T hidden
         void* dz;
     };
     std::vector<Local> local;
 
     Workspace(const Tile& t, char* base, bool logits, bool grad_hidden, bool keep_dz) : arena(base) {
-        const long per = t.bf16 ? 2 : 1, depth = (t.width + per - 1) / per, padded = groups(t) * kGroup;
+        const long per = t.bf16 ? Units<OperandOf<uint16_t>>::per : 1, depth = (t.width + per - 1) / per;
+        const long padded = groups(t) * kGroup;
         if (logits) logits_b = arena.take<uint32_t>(padded * depth);
-        if (grad_hidden) hidden_b = arena.take<uint32_t>(panels(t.width) * kPanel * (padded / per));
-        if (keep_dz) dz = arena.take<uint32_t>(t.rows * (padded / per));
+        if (grad_hidden) hidden_b = arena.take<uint32_t>(panels_of(t.width) * kPanel * (padded / per));
+        if (keep_dz) dz = arena.take<uint32_t>(t.rows * (padded / per) + kLanes);
         for (int i = 0; i < t.threads; i++) {
             Local l{};
             l.z = arena.take<float>(kBlock * kGroup);
             l.slope = arena.take<float>(kBlock * kGroup);
+            if (logits && t.bf16) l.hidden = arena.take<uint32_t>(kBlock * depth);
             if (!keep_dz) l.dz = arena.take<float>(kBlock * kGroup);
             if (keep_dz) {
-                l.c = arena.take<float>(kBlock * panels(t.width) * kPanel);
+                l.c = arena.take<float>(kBlock * panels_of(t.width) * kPanel);
                 l.a = arena.take<uint32_t>(kBlock * kInner);
             }
             local.push_back(l);
@@ -64,22 +63,29 @@ struct Workspace {
 
 template <typename T>
 void pack_logits_operand(const Tile& t, const Team& team, int rank, uint32_t* out) {
+    using U = OperandOf<T>;
     const T* weight = static_cast<const T*>(t.weight);
-    const long depth = Units<T>::count(t.width);
+    const long depth = Units<U>::count(t.width);
     const auto [begin, end] = team.share(rank, groups(t) * kGroup / kPanel, 1);
     for (long p = begin; p < end; p++) {
         const long column = p * kPanel;
-        pack_panel_transposed(weight + column * t.weight_stride, t.weight_stride, t.columns - column, t.width,
-                              out + p * depth * kPanel);
+        pack_panel_transposed<U>(weight + column * t.weight_stride, t.weight_stride, t.columns - column, t.width,
+                                 out + p * depth * kPanel);
     }
 }
 
-// Logits of rows [row, row + count) in group `g`: z [count, kGroup], finished; with a softcap also their slopes.
+// Logits of rows [row, row + count) in group `g`: z [count, kGroup], finished; with a softcap also their slopes. The
+// rows become an operand with group 0, which comes first.
 template <typename T>
 void group_logits(const Tile& t, long row, long count, long g, const uint32_t* packed, const Workspace::Local& l) {
-    const long depth = Units<T>::count(t.width), stride = t.hidden_stride / Units<T>::per;
-    const uint32_t* a = static_cast<const uint32_t*>(t.hidden) + row * stride;
-    gemm<T>(a, kRows * stride, stride, 1, packed + g * kGroup * depth, depth, depth, count, kGroup / kPanel, l.z, kGroup,
+    using U = OperandOf<T>;
+    constexpr bool in_place = std::is_same_v<T, float>;
+    const long depth = Units<U>::count(t.width), stride = in_place ? t.hidden_stride : depth;
+    const T* rows = static_cast<const T*>(t.hidden) + row * t.hidden_stride;
+    U* space = reinterpret_cast<U*>(l.hidden);
+    const U* operand = in_place || g == 0 ? operand_rows(rows, t.hidden_stride, count, t.width, space) : space;
+    const uint32_t* a = reinterpret_cast<const uint32_t*>(operand);
+    gemm<U>(a, kRows * stride, stride, 1, packed + g * kGroup * depth, depth, depth, count, kGroup / kPanel, l.z, kGroup,
             false);
     const long valid = std::min(kGroup, t.columns - g * kGroup);
     for (long i = 0; i < count; i++)
@@ -113,20 +119,20 @@ void statistics(const Tile& t, const Statistics& s, const Retained& r, Workspace
 }
 
 // dW [columns, width] = dz^T hidden for this rank's columns, accumulated in float32 over all rows and rounded once.
-template <typename T>
-void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int rank, const T* dz,
+template <typename T, typename U = OperandOf<T>>
+void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int rank, const U* dz,
                      const uint32_t* packed_hidden, const Workspace::Local& l) {
-    constexpr int per = Units<T>::per;
-    const long padded = groups(t) * kGroup, depth = Units<T>::count(t.rows), wide = panels(t.width) * kPanel;
+    constexpr int per = Units<U>::per;
+    const long depth = Units<U>::count(t.rows), wide = panels_of(t.width) * kPanel;
     const auto [begin, end] = team.share(rank, t.columns, kRows);
-    for (long column = begin; g.weight && column < end; column += kBlock) {
-        const long count = std::min(kBlock, end - column);
+    for (long column = begin, count; g.weight && column < end; column += count) {
+        const long inside = column % kGroup;
+        const U* group = dz + (column - inside) * t.rows + inside;
+        count = std::min({kBlock, end - column, kGroup - inside});
         for (long k = 0; k < depth; k += kInner) {
             const long part = std::min(kInner, depth - k);
-            for (long i = 0; i < count; i += kRows)
-                pack_block_transposed(dz + k * per * padded + column + i, padded, count - i,
-                                      std::min(part * per, t.rows - k * per), l.a + i * part);
-            gemm<T>(l.a, kRows * part, 1, kRows, packed_hidden + k * kPanel, depth, part, count, wide / kPanel, l.c,
+            pack_blocks_transposed(group + k * per * kGroup, kGroup, count, std::min(part * per, t.rows - k * per), l.a);
+            gemm<U>(l.a, kRows * part, 1, kRows, packed_hidden + k * kPanel, depth, part, count, wide / kPanel, l.c,
                     wide, k > 0);
         }
         for (long i = 0; i < count; i++) {
@@ -143,48 +149,49 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
     }
     if (g.bias)
         for (long column = begin; column < end; column++) {
+            const U* group = dz + column / kGroup * kGroup * t.rows + column % kGroup;
             double sum = 0;
-            for (long n = 0; n < t.rows; n++) sum += to_float(dz[n * padded + column]);
+            for (long n = 0; n < t.rows; n++) sum += to_float(group[n * kGroup]);
             g.bias[column] = static_cast<float>(sum);
         }
 }
 
 template <typename T>
 void gradient(const Tile& t, const Gradient& g, const Retained& r, const uint32_t* packed_hidden, Workspace& w) {
-    constexpr int per = Units<T>::per;
-    const long padded = groups(t) * kGroup, wide = panels(t.width) * kPanel;
+    using U = OperandOf<T>;
+    constexpr int per = Units<U>::per;
+    const long padded = groups(t) * kGroup, wide = panels_of(t.width) * kPanel;
     Team::run(t.threads, [&](Team& team, int rank) {
         if (w.logits_b) pack_logits_operand<T>(t, team, rank, w.logits_b);
         if (w.hidden_b) {
             const T* weight = static_cast<const T*>(t.weight);
             const auto [begin, end] = team.share(rank, wide / kPanel, 1);
             for (long p = begin; p < end; p++)
-                pack_panel(weight + p * kPanel, t.weight_stride, t.width - p * kPanel, t.columns,
-                           padded / per, w.hidden_b + p * (padded / per) * kPanel);
+                pack_panel<U>(weight + p * kPanel, t.weight_stride, t.width - p * kPanel, t.columns,
+                              padded / per, w.hidden_b + p * (padded / per) * kPanel);
         }
         team.barrier();
         const auto& l = w.local[rank];
         for_blocks(t, team, rank, [&](long row, long count, long group) {
             const long column = t.first + group * kGroup;
-            T* dz = w.dz ? static_cast<T*>(w.dz) + row * padded + group * kGroup : static_cast<T*>(l.dz);
-            const long stride = w.dz ? padded : kGroup;
+            U* dz = w.dz ? static_cast<U*>(w.dz) + (group * t.rows + row) * kGroup : static_cast<U*>(l.dz);
             if (!r.exps) group_logits<T>(t, row, count, group, w.logits_b, l);
             for (long i = 0; i < count; i++) {
                 const long at = (row + i) * groups(t) + group;
                 if (r.exps)
                     gradient_row_retained(t, g, row + i, column, static_cast<const T*>(r.exps) + at * kGroup,
-                                          r.bases[at], dz + i * stride);
+                                          r.bases[at], dz + i * kGroup);
                 else
-                    gradient_row(t, g, row + i, column, l.z + i * kGroup, l.slope + i * kGroup, dz + i * stride);
+                    gradient_row(t, g, row + i, column, l.z + i * kGroup, l.slope + i * kGroup, dz + i * kGroup);
             }
             if (!w.hidden_b) return;
-            gemm<T>(reinterpret_cast<const uint32_t*>(dz), kRows * stride / per, stride / per, 1,
+            gemm<U>(reinterpret_cast<const uint32_t*>(dz), kRows * (kGroup / per), kGroup / per, 1,
                     w.hidden_b + group * (kGroup / per) * kPanel, padded / per, kGroup / per, count, wide / kPanel,
                     g.hidden + row * wide, wide, true);
         });
         if (!w.dz) return;
         team.barrier();
-        weight_gradient<T>(t, g, team, rank, static_cast<const T*>(w.dz), packed_hidden, l);
+        weight_gradient<T>(t, g, team, rank, static_cast<const U*>(w.dz), packed_hidden, l);
     });
 }
 
@@ -212,13 +219,14 @@ void topk(const Tile& t, const Statistics& s, const Candidates& c, Workspace& w)
 
 template <typename T>
 void pack_hidden(const Tile& t, uint32_t* out) {
+    using U = OperandOf<T>;
     const T* hidden = static_cast<const T*>(t.hidden);
-    const long depth = Units<T>::count(t.rows);
+    const long depth = Units<U>::count(t.rows);
     Team::run(t.threads, [&](Team& team, int rank) {
-        const auto [begin, end] = team.share(rank, panels(t.width), 1);
+        const auto [begin, end] = team.share(rank, panels_of(t.width), 1);
         for (long p = begin; p < end; p++)
-            pack_panel(hidden + p * kPanel, t.hidden_stride, t.width - p * kPanel, t.rows, depth,
-                       out + p * depth * kPanel);
+            pack_panel<U>(hidden + p * kPanel, t.hidden_stride, t.width - p * kPanel, t.rows, depth,
+                          out + p * depth * kPanel);
     });
 }
 
@@ -233,6 +241,7 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
     static const Passes passes = {
         DADPO_STRING(DADPO_ISA),
         kPanel,
+        sizeof(OperandOf<uint16_t>) == sizeof(uint16_t),
         [](const Tile& t, bool logits, bool grad_hidden, bool keep_dz) {
             return Workspace(t, nullptr, logits, grad_hidden, keep_dz).arena.used();
         },
@@ -249,7 +258,9 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
             Workspace w(t, space, true, false, false);
             t.bf16 ? topk<uint16_t>(t, s, c, w) : topk<float>(t, s, c, w);
         },
-        live_exponentials,
+        [](const Tile& t, const Statistics& s, float* exps, float* bases) {
+            t.bf16 ? live_exponentials<uint16_t>(t, s, exps, bases) : live_exponentials<float>(t, s, exps, bases);
+        },
         live_columns,
         live_residuals,
     };

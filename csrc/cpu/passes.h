@@ -7,7 +7,7 @@ namespace dadpo {
 
 // Columns of a tile are handled in groups of this many: a group's logits stay in the L2 cache, and a retained row keeps
 // one base per group.
-constexpr long kGroup = 256;
+constexpr long kGroup = 192;
 
 // What every pass needs to know. Matrices are row-major with unit column stride; `bf16` tells their type, else float32.
 struct Tile {
@@ -65,12 +65,13 @@ struct LiveChunk {
 struct Passes {
     const char* name;
     long panel;  // columns are padded to a multiple of this in `Gradient::hidden` and in the packed hidden states
+    bool multiplies_bf16;  // else bfloat16 is widened: packed hidden states are float32
     long (*workspace_bytes)(const Tile&, bool logits, bool grad_hidden, bool keep_dz);
     void (*pack_hidden)(const Tile&, uint32_t* out);  // B of dz^T hidden: once a pass, used by every tile
     void (*statistics)(const Tile&, const Statistics&, const Retained&, char* workspace);
     void (*gradient)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);
     void (*topk)(const Tile&, const Statistics&, const Candidates&, char* workspace);
-    void (*live_exponentials)(const Tile&, const Statistics&, float* z, float* bases);
+    void (*live_exponentials)(const Tile&, const Statistics&, float* exps, float* bases);
     void (*live_columns)(const LiveChunk&, const float* bases, const float* max, const float* share, float* sums,
                          float* energy, float* outside);
     void (*live_residuals)(const LiveChunk&, const uint8_t* dead, const float* profile, float* out);

@@ -10,6 +10,7 @@
 namespace dadpo {
 namespace {
 
+constexpr long kBlock = 96;  // rows at a time: their operands and a group of their logits fit in the L2 cache
 constexpr long kGroupVectors = kGroup / kLanes;
 
 // The entries of one row that lie in columns [begin, end): ids ascend, so they are a range.
@@ -95,21 +96,21 @@ inline void statistics_row(const Tile& t, const Statistics& s, long row, long co
 }
 
 // Overwrites the entries of a group of dz with their exact values.
-template <typename T>
-inline void overwrite_entries(const Tile& t, const Gradient& g, long row, long column, T* dz) {
+template <typename U>
+inline void overwrite_entries(const Tile& t, const Gradient& g, long row, long column, U* dz) {
     const Hits hits = find(t, row, column, column + kGroup);
     for (long e = hits.begin; e < hits.end; e++) {
         const long at = row * t.entries + e;
-        alignas(64) T rounded[kLanes];
+        alignas(64) U rounded[kLanes];
         store_as(rounded, splat(g.values[at]));
         dz[t.ids[at] - column] = rounded[0];
     }
 }
 
 // dz = c exp(z - base) * slope; a row without a tail has c = 0.
-template <typename T>
+template <typename U>
 inline void gradient_row(const Tile& t, const Gradient& g, long row, long column, const float* z, const float* slope,
-                         T* dz) {
+                         U* dz) {
     const float c = g.coefficient[row], base = g.base[row];
     for (long v = 0; v < kGroupVectors; v++) {
         vf d = vexp(load<vf>(z + v * kLanes) - base) * c;
@@ -119,9 +120,9 @@ inline void gradient_row(const Tile& t, const Gradient& g, long row, long column
     overwrite_entries(t, g, row, column, dz);
 }
 
-template <typename T>
+template <typename T, typename U>
 inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, long column, const T* exps, float base,
-                                  T* dz) {
+                                  U* dz) {
     const float factor = g.coefficient[row] * expf(base - g.base[row]);
     for (long v = 0; v < kGroupVectors; v++) store_as(dz + v * kLanes, load_as(exps + v * kLanes) * factor);
     overwrite_entries(t, g, row, column, dz);

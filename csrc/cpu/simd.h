@@ -23,6 +23,7 @@ constexpr int kLanes = 4, kRowVectors = 2;
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 template <typename V>
 inline V load(const void* p) {
@@ -50,13 +51,12 @@ inline float horizontal_sum(vf v) {
     return lane[0];
 }
 
-// exp(x) to 1 ulp or so for x <= 88, exactly 0 below -87.3 and for -inf, NaN for NaN. Cody-Waite reduction and the
-// Cephes expf polynomial.
+// exp(x) to 1 ulp or so for x <= 88 (nothing of use above), exactly 0 below -87.3 and for -inf, NaN for NaN. Cody-Waite
+// reduction and the Cephes expf polynomial.
 inline vf vexp(vf x) {
-    const vf clamped = x > 88.0f ? splat(88.0f) : x;
-    const vf shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer sits in the low bits
+    const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer sits in the low bits
     const vf n = shifted - 12582912.0f;
-    const vf r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -67,7 +67,10 @@ inline vf vexp(vf x) {
     const vf scaled = (vf)((vi)p + ((vi)shifted << 23));
     return x < -87.3f ? vf{} : scaled;
 }
-inline vf vtanh(vf x) { return 1.0f - 2.0f / (vexp(x * 2.0f) + 1.0f); }
+inline vf vtanh(vf x) {
+    const vf twice = x * 2.0f;
+    return 1.0f - 2.0f / (vexp(twice > 88.0f ? splat(88.0f) : twice) + 1.0f);
+}
 
 // Rounds to nearest even, keeping NaN a NaN; the bfloat16 is the low half of each lane.
 inline vu bf16_bits(vf x) {
@@ -79,11 +82,9 @@ inline void store_bf16(uint16_t* p, vf x) {
 #if defined(__AVX512BF16__)
     store(p, _mm512_cvtneps_pbh((__m512)x));
 #else
-    const vu bits = bf16_bits(x);
-    for (int i = 0; i < kLanes; i++) p[i] = static_cast<uint16_t>(bits[i]);
+    store(p, __builtin_convertvector(bf16_bits(x), vh));
 #endif
 }
-typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 inline vu widen(const uint16_t* p) { return __builtin_convertvector(load<vh>(p), vu); }
 inline vf load_bf16(const uint16_t* p) { return (vf)(widen(p) << 16); }
 inline float to_float(float x) { return x; }

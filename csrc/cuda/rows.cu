@@ -105,6 +105,16 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient 
 
 constexpr int kStrip = kWarp * kVector;  // columns of a block of column_sums
 
+// The bank of column `lane * kVector + i`: turned by 4 from one i to the next, so that neither the writes of a warp (one
+// i, all lanes) nor its reads (columns side by side) share a bank.
+DADPO_HD constexpr int bank(int i, int lane) { return (lane + 4 * i) % kWarp; }
+constexpr unsigned banks_of_a_read() {
+    unsigned banks = 0;
+    for (int j = 0; j < kWarp; j++) banks |= 1u << bank(j % kVector, j / kVector);
+    return banks;
+}
+static_assert(banks_of_a_read() == kAll, "columns side by side share a bank");
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums a) {
     __shared__ float part[kWarps][kVector][kWarp];
@@ -122,11 +132,11 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums a) {
         for (int i = 0; i < kVector; i++) sums[i] += factor * x[i];
     }
 #pragma unroll
-    for (int i = 0; i < kVector; i++) part[warp][i][lane] = sums[i];
+    for (int i = 0; i < kVector; i++) part[warp][i][bank(i, lane)] = sums[i];
     __syncthreads();
     for (int j = threadIdx.x; j < kStrip && first + j < a.columns; j += kThreads) {
         float sum = 0;
-        for (int k = 0; k < kWarps; k++) sum += part[k][j % kVector][j / kVector];
+        for (int k = 0; k < kWarps; k++) sum += part[k][j % kVector][bank(j % kVector, j / kVector)];
         a.out[first + j] = sum;
     }
 }

@@ -41,11 +41,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def operand(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products read matrices of `dtype`: bfloat16 only where the processor multiplies it."""
+    return dtype if _cpu.multiplies_bf16() else torch.float32
+
+
 class CpuTiles(Tiles):
     def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
-        if hidden.dtype == torch.bfloat16 and hidden.shape[1] % 2:
-            # Products read pairs of bfloat16: an odd row gets one readable zero behind it.
-            hidden = torch.nn.functional.pad(hidden, (0, 1))[:, :-1]
         super().__init__(hidden, head, entries)
         self.weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
         self.bias = None if head.bias is None else head.bias.float().contiguous()
@@ -60,7 +62,7 @@ class CpuTiles(Tiles):
     @staticmethod
     def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
         group = _cpu.GROUP
-        return max(group, min(4096, WORKSPACE // (dtype.itemsize * max(1, rows)) // group * group))
+        return max(1, min(4096, WORKSPACE // (operand(dtype).itemsize * max(1, rows))) // group) * group
 
     @staticmethod
     def kept_shape(rows: int, columns: int) -> tuple[int, int]:
@@ -68,13 +70,14 @@ class CpuTiles(Tiles):
         return groups * _cpu.GROUP, groups
 
     @staticmethod
-    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
         tile = _cpu.Tile(
             hidden=0, rows=rows, width=width, hidden_stride=width, weight=0, weight_stride=width, bias=0, first=0,
             columns=columns, ids=0, in_topk=0, entries=1, scale=1.0, softcap=0.0, inv_temperature=1.0,
             bf16=dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
-        return _cpu.workspace_bytes(tile, True, True, True) + rows * width * dtype.itemsize  # and the packed hidden
+        packed_hidden = rows * width * operand(dtype).itemsize if grad_weight else 0
+        return _cpu.workspace_bytes(tile, True, True, grad_weight) + packed_hidden
 
     def tile(self, first: int, columns: int):
         h, e = self.head, self.entries
@@ -121,9 +124,9 @@ class CpuTiles(Tiles):
     def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
         tile = self.tile(first, columns)
         if grads.weight is not None and self.packed_hidden is None:
-            rows = self.hidden.shape[0]
-            even = rows + rows % 2 if self.hidden.dtype == torch.bfloat16 else rows
-            self.packed_hidden = prepare(torch.empty(self.grad_hidden_columns() * even, dtype=self.hidden.dtype))
+            rows = len(self.hidden) + len(self.hidden) % 2  # bfloat16 operands come in pairs
+            dtype = operand(self.hidden.dtype)
+            self.packed_hidden = prepare(torch.empty(self.grad_hidden_columns() * rows, dtype=dtype))
             _cpu.pack_hidden(tile, address(self.packed_hidden))
         exps, bases = (address(kept.exps), address(kept.bases)) if kept else (0, 0)
         weight = None if grads.weight is None else grads.weight[first:]

@@ -1,11 +1,11 @@
-"""The live plan on the C++ passes of `csrc/cpu/live.h`, around PyTorch's float32 product."""
+"""The live plan on the C++ passes of `csrc/cpu/live.h`."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu import _cpu, address
+from .cpu import _cpu, address, prepare
 from .live import LivePass
 from .tiled import Entries, State
 
@@ -13,23 +13,24 @@ from .tiled import Entries, State
 class CpuLive(LivePass):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.bias = None if self.head.bias is None else self.head.bias.float().contiguous()
+        weight, bias = self.head.weight, self.head.bias
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+
+    def workspace(self, count: int) -> Tensor:
+        return prepare(super().workspace(count))
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
         """As the parent's, but each group of columns is measured from its own base until `column_sums` aligns them."""
-        h, count, group = self.head, exps.shape[1], _cpu.GROUP
-        hidden = self.hidden[part].float().T
+        h, hidden = self.head, self.hidden[part]
         in_topk = entries.in_topk.contiguous()
-        self.bases = exps.new_empty(-(-self.plan.vocab // group), count)
-        for first, columns in self.plan.tiles:
-            weight = h.weight[first : first + columns].float()
-            torch.mm(weight, hidden, out=exps[first : first + columns])
-        # One call after all products: between them, PyTorch's threads would still spin while these work.
+        self.bases = exps.new_empty(-(-self.plan.vocab // _cpu.GROUP), len(hidden))
         tile = _cpu.Tile(
-            hidden=0, rows=count, width=0, hidden_stride=0, weight=0, weight_stride=0, bias=address(self.bias),
-            first=0, columns=self.plan.vocab, ids=address(entries.ids), in_topk=address(in_topk),
-            entries=entries.ids.shape[1], scale=h.scale, softcap=h.softcap or 0.0, inv_temperature=1 / h.temperature,
-            bf16=False, threads=torch.get_num_threads(),
+            hidden=address(hidden), rows=len(hidden), width=hidden.shape[1], hidden_stride=hidden.stride(0),
+            weight=address(self.weight), weight_stride=self.weight.stride(0), bias=address(self.bias), first=0,
+            columns=self.plan.vocab, ids=address(entries.ids), in_topk=address(in_topk), entries=entries.ids.shape[1],
+            scale=h.scale, softcap=h.softcap or 0.0, inv_temperature=1 / h.temperature,
+            bf16=hidden.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
         _cpu.live_exponentials(
             tile, address(state.max), address(state.sum), address(state.selected), address(exps), address(self.bases)

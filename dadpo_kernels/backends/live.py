@@ -63,7 +63,7 @@ class LivePass:
         plan, rows = self.plan, len(self.hidden)
         state = State.new(rows, self.entries.ids.shape[1], self.hidden)
         dead = self.hidden.new_zeros(rows, 3, dtype=self.wide)
-        space = self.hidden.new_empty((plan.vocab + 1) * plan.chunk, dtype=self.wide)  # V columns and a spare one
+        space = self.workspace((plan.vocab + 1) * plan.chunk)  # V columns and a spare one
         used = 0
         for index, part in enumerate(plan.chunks):
             count = part.stop - part.start
@@ -73,9 +73,12 @@ class LivePass:
             live = self.choose(index, exps[:-1], entries, own, dead[part])
             end = used + len(live) * count
             if end <= len(self.exps):
-                self.exps[used:end].view(-1, count).copy_(exps[live])
+                self.exps[used:end].view(-1, count).copy_(exps.index_select(0, live))
                 used = end
         return state, dead
+
+    def workspace(self, count: int) -> Tensor:
+        return self.hidden.new_empty(count, dtype=self.wide)
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
         """Fills the rows' state, and `exps [V + 1, n]` with `exp(z - base) * slope`, 0 at the entries."""
@@ -212,7 +215,7 @@ class LivePass:
         dz = dz.scatter_(0, (chunk.places - begin).where(inside, len(live)), own.values.T)[:-1]
         low = dz.to(self.hidden.dtype)
         if grads.hidden is not None:
-            add_product(grads.hidden[part], low.T, self.head.weight[live])
+            add_product(grads.hidden[part], low.T, self.head.weight.index_select(0, live))
         if grads.weight is not None:  # a chunk's columns are distinct: no two additions meet
             grads.weight.index_add_(0, live - first, wide_mm(low, self.hidden[part]))
         if grads.bias is not None:

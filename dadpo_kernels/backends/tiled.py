@@ -95,8 +95,11 @@ class Tiles(ABC):
 
     @staticmethod
     @abstractmethod
-    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
-        """What forward and backward hold at once beside their results while they work on one tile."""
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
+        """What forward and backward hold at once beside their results while they work on one tile.
+
+        Without `grad_weight`, for a frozen head, nothing is kept for the weight's gradient.
+        """
 
     def grad_hidden_columns(self) -> int:
         """Columns of the accumulator for hidden's gradient: at least H."""

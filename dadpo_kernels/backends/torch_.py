@@ -31,7 +31,7 @@ class TorchTiles(Tiles):
         return columns, 1
 
     @staticmethod
-    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
         # Three tiles (logits, logits with a spare column, exponentials); of low-precision operands one more in their
         # dtype, and its widened copy where the product needs it, beside the operands'.
         wide = statistic_dtype(dtype)

@@ -177,9 +177,10 @@ class FusedTiles(TritonTiles):
         return max(256, min(cls.max_columns, WORKSPACE // (dtype.itemsize * max(1, rows)) // 256 * 256))
 
     @staticmethod
-    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype) -> int:
+    def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
         # As above, without the tile of products.
-        return rows * max(whole(columns) * dtype.itemsize, width * 4) + strip_bytes(columns, width, dtype)
+        strip = strip_bytes(columns, width, dtype) if grad_weight else 0
+        return rows * max(whole(columns) * dtype.itemsize, width * 4) + strip
 
     def starts(self, first: int, columns: int, block: int) -> Tensor:
         """`[blocks + 1, n]`: where each row's entries of each block of columns begin."""

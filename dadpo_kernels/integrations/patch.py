@@ -138,12 +138,11 @@ def selected_forward(
         device = head.weight.device  # with a device map, the layers may end on another one
         here, aligned = hidden.to(device), shift_labels.to(device)
         ids = None if topk_ids is None else topk_ids.to(device)
-        selected.append(
-            linear_selected_logps(
-                here, head.weight, aligned, ids, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-                ignore_index=IGNORE_INDEX, backend=backend, memory_budget=memory_budget,
-            )
+        logps = linear_selected_logps(
+            here, head.weight, aligned, ids, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+            ignore_index=IGNORE_INDEX, backend=backend, memory_budget=memory_budget,
         )  # fmt: skip
+        selected.append(SelectedLogps(*(values.clone() for values in logps)))  # FSDP2 warns of views
         if observe is not None:
             observe(here, head, aligned)
         return tuple(selected[0])

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path
@@ -194,6 +194,12 @@ class DaDPOTrainer(DPOTrainer):
             _check_dataset("eval_dataset", eval_dataset, self.args)
             return super(DPOTrainer, self).evaluate(as_trl_dataset(eval_dataset), *args, **kwargs)
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """TRL's; but under DeepSpeed log-probabilities are not rounded to the compute dtype."""
+        names = (*TEACHER_KEYS, "ref_chosen_logps", "ref_rejected_logps")
+        logps = {name: inputs[name] for name in names if name in inputs}
+        return super()._prepare_inputs(inputs) | send_to_device(logps, self.args.device)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)

@@ -32,7 +32,7 @@ def answer_targets(prompt_logprobs: Any, ids: Sequence[int], start: int, k: int,
 
     Raises:
         AnswerError: another number of tokens or of entries, another token, an id outside the vocabulary, values that
-            are no log-probabilities, or probabilities that sum to more than one.
+            are no log-probabilities, or probabilities that sum to more than one, or cannot sum to it.
     """
     positions = _positions(prompt_logprobs, len(ids))
     length = len(ids) - start
@@ -110,7 +110,11 @@ def _number(value: Any) -> Any:
 
 
 def _tail(topk: np.ndarray, outside: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Log of the mass outside: `topk [T, k]`, `outside [T]` of a token known to be there, or -inf."""
+    """Log of the mass outside: `topk [T, k]`, `outside [T]` of a token known to be there, or -inf.
+
+    None of the `vocab_size - k` ids outside is more probable than the last one inside: where these cannot hold what is
+    missing, the ids were not the top k.
+    """
     length, k = topk.shape
     inside = np.exp(topk).sum(1)
     if (inside + np.exp(outside) > 1 + _SLACK).any():
@@ -118,6 +122,12 @@ def _tail(topk: np.ndarray, outside: np.ndarray, vocab_size: int) -> np.ndarray:
     with np.errstate(divide="ignore"):
         tail = np.log1p(-np.minimum(inside, 1))
         most = np.log(vocab_size - k) + (topk[:, -1] if k else np.zeros(length))
+    lost = np.exp(tail) > np.exp(most) + _SLACK
+    if lost.any():
+        raise AnswerError(
+            f"probabilities inside the top {k} sum to {inside[lost].min():.4f}, and the ids outside, none more "
+            "probable than these, cannot make up for it: one of the top k is missing, or the vocabulary is larger"
+        )
     return np.maximum(np.minimum(tail, most), outside)
 
 

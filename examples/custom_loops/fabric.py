@@ -6,6 +6,7 @@
 """
 
 import sys
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -23,10 +24,11 @@ def train(model_name: str, cache: str, epochs: int = 1, pairs: int = 2, lr: floa
     fabric.launch()
     model = patch(AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32))
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=lr))
-    loader = DataLoader(PairDataset(cache, require_reference=True), pairs, shuffle=True, collate_fn=PairCollator(0))
+    data = PairDataset(cache, require_reference=True)
+    loader: Any = fabric.setup_dataloaders(DataLoader(data, pairs, shuffle=True, collate_fn=PairCollator(0)))
     losses = []
     for _ in range(epochs):
-        for batch in fabric.setup_dataloaders(loader):
+        for batch in loader:
             labels, ids = batch["labels"], batch["teacher_topk_ids"]
             selected = model(
                 input_ids=batch["input_ids"],
@@ -49,4 +51,4 @@ def train(model_name: str, cache: str, epochs: int = 1, pairs: int = 2, lr: floa
 
 
 if __name__ == "__main__":
-    print(*(f"{loss:.4f}" for loss in train(*sys.argv[1:3])), sep="\n")
+    print(*(f"{loss:.4f}" for loss in train(sys.argv[1], sys.argv[2])), sep="\n")

@@ -19,7 +19,7 @@ class Sources:
 
 
 def main(words: list[str] | None = None) -> None:
-    sources, config = HfArgumentParser([Sources, DaDPOConfig]).parse_args_into_dataclasses(words)  # type: ignore[arg-type]
+    sources, config = HfArgumentParser([Sources, DaDPOConfig]).parse_args_into_dataclasses(words)  # type: ignore[list-item]
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
     data = PairDataset(sources.cache, tokenizer=tokenizer)
     trainer = DaDPOTrainer(sources.model, args=config, train_dataset=data, processing_class=tokenizer)

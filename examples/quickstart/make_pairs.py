@@ -10,6 +10,7 @@ is held out: no stage of any training sees it.
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +32,13 @@ def split() -> dict[str, list[str]]:
     }
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, chats: list, **options: Any) -> Any:
+    """`input_ids` and `attention_mask` of chats, by the tokenizer's template."""
+    return tokenizer.apply_chat_template(chats, return_dict=True, **options)
+
+
 @torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int) -> list[str]:
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int) -> list[str]:
     """One sampled answer for each prompt (temperature 0.7, top-p 0.95), without special tokens."""
     torch.manual_seed(seed)
     model.eval()
@@ -40,9 +46,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
     answers = []
     for start in range(0, len(prompts), 56):
         chats = [[{"role": "user", "content": p}] for p in prompts[start : start + 56]]
-        batch = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        batch = encode(tokenizer, chats, add_generation_prompt=True, padding=True, return_tensors="pt")
         out = model.generate(
             **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, temperature=0.7, top_p=0.95,
             pad_token_id=tokenizer.pad_token_id,
@@ -69,8 +73,8 @@ def sft(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[
     order = random.Random(0)
     for step in range(steps):
         picked = order.sample(chats, 8)
-        batch = tokenizer.apply_chat_template(picked, padding=True, return_tensors="pt", return_dict=True)
-        prompts = [len(tokenizer.apply_chat_template(c[:1], add_generation_prompt=True)["input_ids"]) for c in picked]
+        batch = encode(tokenizer, picked, padding=True, return_tensors="pt")
+        prompts = [len(encode(tokenizer, c[:1], add_generation_prompt=True)["input_ids"]) for c in picked]
         labels = batch["input_ids"].roll(-1, 1).masked_fill(batch["attention_mask"].roll(-1, 1) == 0, -100)
         labels[:, -1] = -100
         for row, prompt in zip(labels, prompts, strict=True):
@@ -115,7 +119,7 @@ def main(work: Path = Path("runs/pairs")) -> None:
             for pair in zip(prompts["train"], chosen["train"], strict=True)
         ],
     )
-    student = student.to(torch.bfloat16)
+    student = student.bfloat16()
     for i, name in enumerate(PUBLISHED):
         write(name, prompts[name], chosen[name], answer(student, tokenizer, prompts[name], seed=10 + i))
 

@@ -1,0 +1,121 @@
+"""The passes over a tile in memory, alone: what they move, over their time, beside the copy bandwidth.
+
+Each is timed as a CUDA graph of several calls, so that Python's time between kernels does not count. That it can be
+captured shows that it neither waits for the device nor leaves the current stream or PyTorch's allocator.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dadpo_kernels.backends import BACKENDS
+from dadpo_kernels.backends.row_tiles import RowTiles
+from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Head, Kept, State
+
+from .timing import attempt, copy_bandwidth, seconds
+
+CALLS = 10  # in a graph
+Pass = Callable[[], tuple[Tensor, ...]]  # gives what it computes
+
+
+def row_passes(
+    hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor, copied: int, repeats: int
+) -> Iterator[dict]:
+    """Every pass of every backend that has them, over the first tile of a head."""
+    rows, width = hidden.shape
+    copy = copy_bandwidth(hidden.device, copied, repeats)
+    for name in ("cuda", "triton_rows"):
+        backend = BACKENDS[name]
+        if backend.obstacle(hidden.device, hidden.dtype):
+            continue
+        columns = min(len(weight), backend.tiles.tile_columns(rows, width, hidden.dtype))
+        tiles = backend.tiles(hidden, Head(weight, None, 1.0, None, 1.0), Entries.merge(labels, topk_ids))
+        assert isinstance(tiles, RowTiles)
+        with mock.patch.object(tiles, "products", return_value=tiles.products(0, columns)):
+            for kind, (fresh, moved) in passes(tiles, columns, topk_ids.shape[1]).items():
+                row = {"backend": name, "pass": kind, "columns": columns}
+                yield row | attempt(lambda: measured(hidden.device, fresh, moved, repeats, copy))  # noqa: B023
+
+
+def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[], Pass], int]]:
+    """`{name: (a maker of the pass on a state of its own, bytes of the tile that it must move)}`."""
+    hidden, (rows, entries) = tiles.hidden, tiles.entries.ids.shape
+    ones = torch.ones(rows, device=hidden.device)
+    coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))
+    padded, groups = tiles.kept_shape(rows, columns)
+    wide, narrow = 4 * rows * columns, hidden.element_size() * rows * columns
+
+    def statistics(retain: bool = False) -> Pass:
+        state, kept = State.new(rows, entries, hidden), None
+        if retain:
+            kept = Kept(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, dtype=torch.float32))
+
+        def run() -> tuple[Tensor, ...]:
+            tiles.statistics(0, columns, state, kept)
+            return state.max, state.sum, state.selected, *([kept.exps[:, :columns]] if kept else [])
+
+        return run
+
+    def column_sums() -> Pass:
+        generator = torch.Generator(hidden.device).manual_seed(0)
+        matrix = torch.randn(rows, padded, generator=generator, device=hidden.device).to(hidden.dtype)
+        out = hidden.new_zeros(columns, dtype=torch.float32)
+
+        def run() -> tuple[Tensor, ...]:
+            tiles.column_sums(matrix[:, :columns], ones, out)
+            return (out,)
+
+        return run
+
+    def topk() -> Pass:
+        state, most = State.new(rows, entries, hidden), min(k, columns)
+        values = hidden.new_full((rows, 2 * most + 1), -torch.inf, dtype=torch.float32)
+        ids = torch.zeros_like(values, dtype=torch.int32)
+        best = Best(values, ids, ids[:, 0].clone(), most)
+
+        def run() -> tuple[Tensor, ...]:
+            tiles.topk(0, columns, state, best)
+            return state.max, state.sum, values[:, :most], ids[:, :most]
+
+        return run
+
+    return {
+        "statistics": (statistics, wide),
+        "statistics, retaining": (lambda: statistics(retain=True), wide + narrow),
+        "logit_gradient": (lambda: lambda: (tiles.logit_gradient(0, columns, coefficients),), wide + narrow),
+        "column_sums": (column_sums, narrow),
+        "topk": (topk, wide),
+    }
+
+
+def measured(device: torch.device, fresh: Callable[[], Pass], moved: int, repeats: int, copy: float) -> dict:
+    """Bandwidth, and its share of the copy's; `ok`: the graph computes bit for bit what the calls do."""
+    want = repeated(fresh())
+    launch = as_graph(device, partial(repeated, fresh()))
+    same = all(torch.equal(a, b) for a, b in zip(launch(), want, strict=True))
+    rate = CALLS * moved / seconds(device, launch, repeats)
+    return {"bytes_per_second": rate, "of_copy": rate / copy, "ok": same}
+
+
+def repeated(run: Pass) -> tuple[Tensor, ...]:
+    for _ in range(CALLS - 1):
+        run()
+    return run()
+
+
+def as_graph(device: torch.device, run: Pass) -> Pass:
+    """One launch of all that `run` launches, where there are graphs."""
+    if device.type != "cuda":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return out
+
+    return replay

@@ -1,0 +1,93 @@
+"""Where the time of an exact step on the CPU goes: `python -m benchmarks.phases --out benchmarks/results/phases.json`.
+
+On the benchmark's SmolLM2 case in float32, DPO + top-k KL. In one process and in turn: the floor's three products; the
+passes of the `cpu` backend into memory that is there already, as the floor's is; the same passes into memory that the
+operating system has yet to give, as in every training step; and the whole step. JSON:
+
+    {"environment", "tokens" (valid), "floor" [seconds], "plans": {"recompute" | "retain": {
+        "forward", "backward" (passes alone), "fresh" (both, with fresh memory), "step": [seconds per round]}}}
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dadpo_kernels.backends.cpu import CpuTiles
+from dadpo_kernels.backends.tiled import Coefficients, Entries, Grads, Head, run_gradient, run_statistics
+from dadpo_kernels.selected_logps import plan_for
+
+from .cases import DTYPES, Inputs, make_inputs
+from .floor import arranged, measure_floor, timed
+from .process import environment, log
+from .run import TOKENS
+from .variants import RETAIN_EVERYTHING, ours
+
+BUDGETS = {"recompute": 0, "retain": RETAIN_EVERYTHING}
+
+
+def runs(inputs: Inputs, budget: int) -> dict[str, Callable[[], Any]]:
+    """What is timed of a plan."""
+    weight, valid = inputs.weight, inputs.valid
+    hidden, labels = inputs.hidden.flatten(0, 1)[valid], inputs.labels.flatten()[valid]
+    entries = Entries.merge(labels, inputs.teacher.topk_ids.flatten(0, 1)[valid])
+    rows, (vocab, width) = len(hidden), weight.shape
+    plan = plan_for(rows, vocab, width, hidden.dtype, backend="cpu", memory_budget=budget)
+    coefficients = Coefficients(torch.full((rows,), 1e-5), torch.zeros(rows), torch.full(entries.ids.shape, 1e-5))
+    tiles = CpuTiles(hidden, Head(weight, None, 1.0, None, 1.0), entries)
+
+    def memory() -> tuple[Tensor, Grads]:
+        empty = {"device": hidden.device}
+        retained = tiles.empty(plan.retained_bytes, dtype=torch.uint8, **empty)
+        grad_hidden = torch.zeros(rows, tiles.grad_hidden_columns())
+        return retained, Grads(grad_hidden, tiles.empty(vocab, width, dtype=hidden.dtype, **empty), None)
+
+    known, grads = memory()
+
+    def fresh() -> None:
+        retained, new = memory()
+        run_statistics(tiles, plan, retained)
+        run_gradient(tiles, plan, retained, coefficients, new)
+
+    def step() -> None:
+        leaves = {"hidden": inputs.hidden.detach().requires_grad_(), "weight": weight.detach().requires_grad_()}
+        ours(budget)(inputs._replace(**leaves), "dpo+kl").backward()
+
+    return {
+        "forward": lambda: run_statistics(tiles, plan, known),
+        "backward": lambda: run_gradient(tiles, plan, known, coefficients, grads),
+        "fresh": fresh,
+        "step": step,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    inputs = make_inputs("smollm2", DTYPES["float32"], TOKENS)
+    hidden = inputs.hidden.flatten(0, 1)[inputs.valid]
+    best = measure_floor(hidden, inputs.weight, 3)
+    floor = arranged(hidden, inputs.weight, {product: found["arrangement"] for product, found in best.items()})
+    plans = {name: runs(inputs, budget) for name, budget in BUDGETS.items()}
+    seconds: dict[str, Any] = {"floor": [], "plans": {name: {part: [] for part in plans[name]} for name in plans}}
+    for number in range(args.rounds + 1):  # the first round touches memory and counts for nothing
+        times = {"floor": timed(floor)} | {(n, part): timed(run) for n in plans for part, run in plans[n].items()}
+        log(f"round {number}: " + " ".join(f"{t:.3f}" for t in times.values()))
+        if number:
+            seconds["floor"].append(times.pop("floor"))
+            for (name, part), t in times.items():
+                seconds["plans"][name][part].append(t)
+    result = {"environment": environment(args.threads), "tokens": len(hidden)} | seconds
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
