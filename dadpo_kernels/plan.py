@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 DEFAULT_BUDGET = 256 * 2**20
 LIVE_WORKSPACE = 48 * 2**20  # bytes of a chunk's logits in the live plan
-LIVE_TILE = 4096
+LIVE_TILE = 16384
 
 
 @dataclass(frozen=True)

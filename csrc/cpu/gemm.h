@@ -23,7 +23,8 @@ constexpr int kRows = 6;
 constexpr int kPanel = kRowVectors * kLanes;
 inline long panels_of(long columns) { return (columns + kPanel - 1) / kPanel; }
 constexpr long kLine = 16;  // units in a cache line
-constexpr long kInner = 256;  // units of the inner dimension per sweep: with AVX2 a panel's sweep fits in half of L1
+// Units of the inner dimension per sweep, at most: C is read and written once a sweep, and a panel's sweep must stay near.
+constexpr long kInner = kLanes == 16 ? 256 : 512;
 
 // The type in which a product reads matrices of T.
 template <typename T>
@@ -72,6 +73,7 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
     vf acc[R][kRowVectors];
     for (int i = 0; i < R; i++)
         for (int j = 0; j < kRowVectors; j++) acc[i][j] = vf{};
+#pragma GCC unroll 2
     for (long k = 0; k < depth; k++) {
         vu col[kRowVectors];
         for (int j = 0; j < kRowVectors; j++) col[j] = load<vu>(b + k * kPanel + j * kLanes);
@@ -88,22 +90,39 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
         }
 }
 
+// Fetches memory into L2 in equal slices, one with each of `steps` steps of a product.
+struct Prefetch {
+    const uint32_t* at;
+    long units, slice;
+
+    Prefetch(const uint32_t* begin, long units, long steps)
+        : at(begin), units(units), slice(((units + steps - 1) / steps + kLine - 1) / kLine * kLine) {}
+    void step() {
+        const long count = std::min(slice, units);
+        for (long i = 0; i < count; i += kLine) __builtin_prefetch(at + i, 0, 2);
+        at += count;
+        units -= count;
+    }
+};
+
 // C [rows, panels * kPanel] (+)= A [rows, depth units] B. `block_stride` is the step of A between blocks of kRows rows.
-// While a panel meets the blocks of A, the next one is fetched into L2, a slice with each block.
+// While a panel meets the blocks of A, the next one is fetched, and meanwhile `ahead`: what the caller needs next.
 template <typename U>
 inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_stride, const uint32_t* b, long b_depth,
-                 long depth, long rows, long panels, float* c, long ldc, bool accumulate) {
-    const long blocks = (rows + kRows - 1) / kRows;
-    for (long k0 = 0; k0 < depth; k0 += kInner) {
-        const long part = std::min(kInner, depth - k0);
+                 long depth, long rows, long panels, float* c, long ldc, bool accumulate,
+                 const uint32_t* ahead = nullptr, long ahead_units = 0) {
+    const long blocks = (rows + kRows - 1) / kRows, sweeps = (depth + kInner - 1) / kInner;
+    const long sweep = sweeps ? (depth + sweeps - 1) / sweeps : 0;
+    Prefetch later(ahead, ahead_units, sweeps * panels * blocks);
+    for (long k0 = 0; k0 < depth; k0 += sweep) {
+        const long part = std::min(sweep, depth - k0);
         const bool add = accumulate || k0 > 0;
         for (long p = 0; p < panels; p++) {
             const uint32_t* panel = b + (p * b_depth + k0) * kPanel;
-            const uint32_t* next = panel + b_depth * kPanel;
-            const long slice = p + 1 < panels ? (part * kPanel + blocks - 1) / blocks : 0;
+            Prefetch next(panel + b_depth * kPanel, p + 1 < panels ? part * kPanel : 0, blocks);
             for (long i = 0; i < rows; i += kRows) {
-                for (long at = 0; at < slice; at += kLine) __builtin_prefetch(next + at, 0, 2);
-                next += slice;
+                next.step();
+                later.step();
                 const uint32_t* block = a + (i / kRows) * block_stride + k0 * k_stride;
                 float* out = c + i * ldc + p * kPanel;
                 switch (std::min<long>(kRows, rows - i)) {

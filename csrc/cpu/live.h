@@ -88,10 +88,13 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
             const long columns = std::min(kGroup, t.columns - g * kGroup), ld = panels * kPanel;
             const U* weight = operand_rows(static_cast<const T*>(t.weight) + g * kGroup * t.weight_stride,
                                            t.weight_stride, columns, t.width, weight_space.data());
-            for (long i = 0; i < columns; i += kBlock)
-                gemm<U>(reinterpret_cast<const uint32_t*>(weight) + i * weight_stride, kRows * weight_stride,
-                        weight_stride, 1, packed.data(), depth, depth, std::min(kBlock, columns - i), panels,
-                        z.data() + i * ld, ld, false);
+            for (long i = 0; i < columns; i += kBlock) {
+                const uint32_t* block = reinterpret_cast<const uint32_t*>(weight) + i * weight_stride;
+                const long count = std::min(kBlock, columns - i);
+                const long left = in_place ? std::min(kBlock, t.columns - g * kGroup - i - count) : 0;  // from memory
+                gemm<U>(block, kRows * weight_stride, weight_stride, 1, packed.data(), depth, depth, count, panels,
+                        z.data() + i * ld, ld, false, block + count * weight_stride, left * weight_stride);
+            }
             for (long row = 0; row < t.rows; row += kLanes)
                 live_lanes(t, s, row, g * kGroup, columns, z.data() + row, ld, exps + g * kGroup * t.rows + row,
                            bases + g * t.rows + row, sums.data() + g * t.rows + row);
@@ -116,28 +119,26 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
     });
 }
 
-// Brings all groups to the base `max` and sums P = share * exps: over tokens per column, and exps^2 per group.
-inline void live_columns(const LiveChunk& c, const float* bases, const float* max, const float* share, float* sums,
+// What brings each group to the base `max`, in the place of its own base; with it, the sums of P = share * exps and of P^2
+// over tokens per column, and of exps^2 per group and token. The exponentials themselves stay as they are.
+inline void live_columns(const LiveChunk& c, float* factors, const float* max, const float* share, float* sums,
                          float* energy, float* outside) {
     Team::run(c.threads, [&](Team& team, int rank) {
         const auto [begin, end] = team.share(rank, groups_of(c.columns), 1);
-        std::vector<float> factor(c.rows);
         for (long g = begin; g < end; g++) {
-            float* squares = outside + g * c.rows;
+            float *squares = outside + g * c.rows, *factor = factors + g * c.rows;
             for (long i = 0; i < c.rows; i += kLanes) {
                 const long count = std::min<long>(kLanes, c.rows - i);
-                store_some(factor.data() + i, vexp(load_some(bases + g * c.rows + i, count) - load_some(max + i, count)),
-                           count);
+                store_some(factor + i, vexp(load_some(factor + i, count) - load_some(max + i, count)), count);
                 store_some(squares + i, vf{}, count);
             }
             for (long j = g * kGroup; j < std::min(c.columns, (g + 1) * kGroup); j++) {
-                float* row = c.exps + j * c.rows;
+                const float* row = c.exps + j * c.rows;
                 vf sum{}, square{};
                 for (long i = 0; i < c.rows; i += kLanes) {
                     const long count = std::min<long>(kLanes, c.rows - i);
-                    const vf e = load_some(row + i, count) * load_some(factor.data() + i, count);
+                    const vf e = load_some(row + i, count) * load_some(factor + i, count);
                     const vf p = e * load_some(share + i, count);
-                    store_some(row + i, e, count);
                     store_some(squares + i, load_some(squares + i, count) + e * e, count);
                     sum += p;
                     square += p * p;
@@ -150,18 +151,20 @@ inline void live_columns(const LiveChunk& c, const float* bases, const float* ma
 }
 
 // Over the dead columns of every group, per token: sums of exps, of profile * exps and of exps^2 [groups, 3, rows].
-inline void live_residuals(const LiveChunk& c, const uint8_t* dead, const float* profile, float* out) {
+inline void live_residuals(const LiveChunk& c, const float* factors, const uint8_t* dead, const float* profile,
+                           float* out) {
     Team::run(c.threads, [&](Team& team, int rank) {
         const auto [begin, end] = team.share(rank, groups_of(c.columns), 1);
         for (long g = begin; g < end; g++) {
             float *mass = out + g * 3 * c.rows, *cross = mass + c.rows, *square = cross + c.rows;
+            const float* factor = factors + g * c.rows;
             std::fill(mass, mass + 3 * c.rows, 0.0f);
             for (long j = g * kGroup; j < std::min(c.columns, (g + 1) * kGroup); j++) {
                 if (!dead[j]) continue;
                 const float* row = c.exps + j * c.rows;
                 for (long i = 0; i < c.rows; i += kLanes) {
                     const long count = std::min<long>(kLanes, c.rows - i);
-                    const vf e = load_some(row + i, count);
+                    const vf e = load_some(row + i, count) * load_some(factor + i, count);
                     store_some(mass + i, load_some(mass + i, count) + e, count);
                     store_some(cross + i, load_some(cross + i, count) + e * profile[j], count);
                     store_some(square + i, load_some(square + i, count) + e * e, count);

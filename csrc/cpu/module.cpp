@@ -149,17 +149,18 @@ PYBIND11_MODULE(_cpu, m) {
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "live_columns",
-        [](uintptr_t exps, long columns, long rows, int threads, uintptr_t bases, uintptr_t max, uintptr_t share,
+        [](uintptr_t exps, long columns, long rows, int threads, uintptr_t factors, uintptr_t max, uintptr_t share,
            uintptr_t sums, uintptr_t energy, uintptr_t outside) {
-            active->live_columns({at<float>(exps), columns, rows, threads}, at<float>(bases), at<float>(max),
+            active->live_columns({at<float>(exps), columns, rows, threads}, at<float>(factors), at<float>(max),
                                  at<float>(share), at<float>(sums), at<float>(energy), at<float>(outside));
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
         "live_residuals",
-        [](uintptr_t exps, long columns, long rows, int threads, uintptr_t dead, uintptr_t profile, uintptr_t out) {
-            active->live_residuals({at<float>(exps), columns, rows, threads}, at<uint8_t>(dead), at<float>(profile),
-                                   at<float>(out));
+        [](uintptr_t exps, long columns, long rows, int threads, uintptr_t factors, uintptr_t dead, uintptr_t profile,
+           uintptr_t out) {
+            active->live_residuals({at<float>(exps), columns, rows, threads}, at<float>(factors), at<uint8_t>(dead),
+                                   at<float>(profile), at<float>(out));
         },
         py::call_guard<py::gil_scoped_release>());
 

@@ -72,9 +72,10 @@ struct Passes {
     void (*gradient)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);
     void (*topk)(const Tile&, const Statistics&, const Candidates&, char* workspace);
     void (*live_exponentials)(const Tile&, const Statistics&, float* exps, float* bases);
-    void (*live_columns)(const LiveChunk&, const float* bases, const float* max, const float* share, float* sums,
+    void (*live_columns)(const LiveChunk&, float* factors, const float* max, const float* share, float* sums,
                          float* energy, float* outside);
-    void (*live_residuals)(const LiveChunk&, const uint8_t* dead, const float* profile, float* out);
+    void (*live_residuals)(const LiveChunk&, const float* factors, const uint8_t* dead, const float* profile,
+                           float* out);
 };
 
 }  // namespace dadpo

@@ -21,10 +21,13 @@ class CpuLive(LivePass):
         return prepare(super().workspace(count))
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
-        """As the parent's, but each group of columns is measured from its own base until `column_sums` aligns them."""
+        """As the parent's, but each group of columns is measured from its own base, which `factors` holds at first.
+
+        `column_sums` puts in its place what brings the group to the base of all.
+        """
         h, hidden = self.head, self.hidden[part]
         in_topk = entries.in_topk.contiguous()
-        self.bases = exps.new_empty(-(-self.plan.vocab // _cpu.GROUP), len(hidden))
+        self.factors = exps.new_empty(-(-self.plan.vocab // _cpu.GROUP), len(hidden))
         tile = _cpu.Tile(
             hidden=address(hidden), rows=len(hidden), width=hidden.shape[1], hidden_stride=hidden.stride(0),
             weight=address(self.weight), weight_stride=self.weight.stride(0), bias=address(self.bias), first=0,
@@ -33,25 +36,29 @@ class CpuLive(LivePass):
             bf16=hidden.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
         _cpu.live_exponentials(
-            tile, address(state.max), address(state.sum), address(state.selected), address(exps), address(self.bases)
+            tile, address(state.max), address(state.sum), address(state.selected), address(exps), address(self.factors)
         )
 
     def column_sums(self, exps: Tensor, share: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         vocab, count = exps.shape
         sums, energy = exps.new_empty(vocab), exps.new_empty(vocab)
-        squares = exps.new_empty(len(self.bases), count)
+        squares = exps.new_empty(len(self.factors), count)
         _cpu.live_columns(
-            address(exps), vocab, count, torch.get_num_threads(), address(self.bases), address(base), address(share),
+            address(exps), vocab, count, torch.get_num_threads(), address(self.factors), address(base), address(share),
             address(sums), address(energy), address(squares),
         )  # fmt: skip
         return sums, energy, squares.sum(0, dtype=torch.float64).float()
 
     def residuals(self, exps: Tensor, is_dead: Tensor, profile: Tensor) -> Tensor:
-        sums = exps.new_empty(len(self.bases), 3, exps.shape[1])
+        sums = exps.new_empty(len(self.factors), 3, exps.shape[1])
         _cpu.live_residuals(
-            address(exps), *exps.shape, torch.get_num_threads(), address(is_dead), address(profile), address(sums)
-        )
+            address(exps), *exps.shape, torch.get_num_threads(), address(self.factors), address(is_dead),
+            address(profile), address(sums),
+        )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
+
+    def kept(self, exps: Tensor, live: Tensor) -> Tensor:
+        return super().kept(exps, live).mul_(self.factors.index_select(0, live // _cpu.GROUP))
 
     def threshold(self, energy: Tensor, allowed: Tensor) -> Tensor:
         """By the 16 leading bits of each energy, which order it to a hundredth: much faster than sorting."""

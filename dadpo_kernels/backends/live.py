@@ -73,7 +73,7 @@ class LivePass:
             live = self.choose(index, exps[:-1], entries, own, dead[part])
             end = used + len(live) * count
             if end <= len(self.exps):
-                self.exps[used:end].view(-1, count).copy_(exps.index_select(0, live))
+                self.exps[used:end].view(-1, count).copy_(self.kept(exps, live))
                 used = end
         return state, dead
 
@@ -151,6 +151,10 @@ class LivePass:
             energy[first : first + columns] = torch.mv(square, share.square())
             outside += square.sum(0)
         return sums, energy, outside
+
+    def kept(self, exps: Tensor, live: Tensor) -> Tensor:
+        """The rows `live` of the chunk's exps, from the base of their tokens: `[L, n]`."""
+        return exps.index_select(0, live)
 
     def threshold(self, energy: Tensor, allowed: Tensor) -> Tensor:
         """The energy below which all columns together have no more than `allowed`."""
