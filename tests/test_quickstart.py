@@ -12,7 +12,7 @@ from dadpo_kernels.commands.train import parse_config
 from dadpo_kernels.teacher.capture import capture_teacher
 from dadpo_kernels.teacher.dataset import PairDataset
 from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
-from examples.quickstart.evaluate import evaluate
+from examples.quickstart.evaluate import evaluate, evaluate_teacher, reward_accuracy
 from examples.quickstart.make_pairs import split
 from examples.quickstart.prune import DATA, DROPPED, drop_layers
 from examples.quickstart.run import captured
@@ -47,6 +47,15 @@ def test_measure_against_dense(tmp_path):
     pairs = tokenize_pairs(chat_records(11), tokenizer, 64)
     capture_teacher(tiny_llama(), tokenizer, pairs, tmp_path / "cache", k=6)
     got = evaluate(tmp_path / "student", tmp_path / "cache")
+    tiny_llama().save_pretrained(tmp_path / "teacher")
+    again, cached = evaluate(tmp_path / "teacher", tmp_path / "cache"), evaluate_teacher(tmp_path / "cache")
+    assert (cached["kl"], cached["reverse_kl"]) == (0, 0)
+    assert abs(again["kl"]) < 1e-2 < got["kl"]
+    for name in ("nll", "margin", "accuracy"):
+        assert cached[name] == pytest.approx(again[name], rel=1e-2, abs=1e-2)
+    above = [a > b for a, b in zip(got["margins"], cached["margins"], strict=True)]
+    assert reward_accuracy(got, cached) == pytest.approx(sum(above) / 11)
+    assert reward_accuracy(got, got) == 0
     nll, tokens, margins = 0.0, 0, []
     for item in (PairDataset(tmp_path / "cache")[i] for i in range(11)):
         means = []

@@ -1,13 +1,15 @@
 """How near a student is to its teacher on held-out pairs: numbers that need no judge."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
-from dadpo_kernels import TeacherTargets, linear_selected_logps, topk_divergence
+from dadpo_kernels import SelectedLogps, TeacherTargets, linear_selected_logps, topk_divergence
 from dadpo_kernels.lm_head import hidden_states, lm_head
 from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
 from examples.quickstart.precision import bfloat16_is_fast
@@ -20,50 +22,86 @@ ROWS = {
 }
 
 
-def evaluate(model_path: Path, cache: Path) -> dict[str, float]:
-    """`measure` of the model in a directory on the pairs of a teacher cache."""
+Logps = Callable[[dict[str, Tensor], TeacherTargets], SelectedLogps]  # of the teacher's ids, from a batch of pairs
+
+
+def evaluate(model_path: Path, cache: Path) -> dict[str, Any]:
+    """`summary` of the model in a directory on the pairs of a teacher cache, and every pair's margin as "margins"."""
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    return measure(model, PairDataset(cache, vocab_size=len(lm_head(model).weight)))
+    figures, margins = summary(logps_of(model), PairDataset(cache, vocab_size=len(lm_head(model).weight)))
+    return figures | {"margins": margins.tolist()}
 
 
-@torch.no_grad()
+def evaluate_teacher(cache: Path) -> dict[str, Any]:
+    """The same of the teacher itself, whose log-probabilities the cache holds: no model runs."""
+    figures, margins = summary(
+        lambda _, teacher: SelectedLogps(teacher.label_logps, teacher.topk_logps, teacher.topk_tail),
+        PairDataset(cache),
+    )
+    return figures | {"margins": margins.tolist()}
+
+
 def measure(model: Any, pairs: Dataset) -> dict[str, float]:
-    """Means over items of a `PairDataset`.
+    """`summary` of a model on the items of a `PairDataset`."""
+    return summary(logps_of(model), pairs)[0]
+
+
+def reward_accuracy(policy: dict[str, Any], reference: dict[str, Any]) -> float:
+    """The share of pairs whose margin is larger than the reference's: DPO's implicit reward ranks them right."""
+    return float((torch.tensor(policy["margins"]) > torch.tensor(reference["margins"])).float().mean())
+
+
+def logps_of(model: Any) -> Logps:
+    model.eval()
+    head = lm_head(model)
+    device = head.weight.device
+
+    @torch.no_grad()
+    def logps(batch: dict[str, Tensor], teacher: TeacherTargets) -> SelectedLogps:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast()):
+            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+            out = linear_selected_logps(hidden, head.weight, batch["labels"], teacher.topk_ids.to(device))
+        assert out.topk is not None
+        assert out.tail is not None
+        return SelectedLogps(out.label.cpu(), out.topk.cpu(), out.tail.cpu())
+
+    return logps
+
+
+def summary(student: Logps, pairs: Dataset) -> tuple[dict[str, float], Tensor]:
+    """Means over the items of a `PairDataset`, and every pair's margin.
 
     `kl` (KL(teacher ‖ student) over the cache's top-k and the rest as one outcome), `reverse_kl` (the other way round)
     and `nll` are over the tokens of the chosen answers. A pair's margin is the mean log-probability a token of the
     chosen answer minus that of the rejected one; the model prefers the chosen one where it is positive: lengths are
     divided out, so a taste for long answers does not count.
     """
-    model.eval()
-    head, collate = lm_head(model), PairCollator(pad_token_id=0)  # never attended to: any id serves
-    device, count = head.weight.device, len(pairs)  # type: ignore[arg-type]
+    collate = PairCollator(pad_token_id=0)  # never attended to: any id serves
+    count = len(pairs)  # type: ignore[arg-type]
     kl, reverse_kl, nll, tokens, margins = 0.0, 0.0, 0.0, 0, []
     for start in range(0, count, 8):
         batch = collate([pairs[i] for i in range(start, min(start + 8, count))])
-        batch = {name: value.to(device) for name, value in batch.items()}
-        labels = batch["labels"]
         teacher = TeacherTargets(*(batch[f"teacher_{name}"] for name in TeacherTargets._fields))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast()):
-            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
-            student = linear_selected_logps(hidden, head.weight, labels, teacher.topk_ids)
-        assert student.topk is not None
-        assert student.tail is not None
-        valid = labels != -100
-        means = (student.label.sum(1) / valid.sum(1)).chunk(2)
+        logps = student(batch, teacher)
+        assert logps.topk is not None
+        assert logps.tail is not None
+        valid = batch["labels"] != -100
+        means = ((logps.label * valid).sum(1) / valid.sum(1)).chunk(2)
         margins.append(means[0] - means[1])
         chosen = valid.clone()
         chosen[len(chosen) // 2 :] = False
-        at = [x[chosen] for x in (student.topk, student.tail, teacher.topk_logps, teacher.topk_tail)]
+        at = [x[chosen] for x in (logps.topk, logps.tail, teacher.topk_logps, teacher.topk_tail)]
         kl += topk_divergence(*at).sum().item()
         reverse_kl += topk_divergence(*at, kind="reverse_kl").sum().item()
-        nll -= student.label[chosen].sum().item()
+        nll -= logps.label[chosen].sum().item()
         tokens += int(chosen.sum())
     margin = torch.cat(margins)
-    return {
+    figures = {
         "kl": kl / tokens,
         "reverse_kl": reverse_kl / tokens,
         "nll": nll / tokens,
         "accuracy": (margin > 0).float().mean().item(),
         "margin": margin.mean().item(),
     }
+    return figures, margin

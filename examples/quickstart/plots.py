@@ -32,12 +32,8 @@ def plot(out: Path, stages: dict[str, Path], results: dict[str, dict[str, float]
             1, len(curves), figsize=(3.2 * len(curves), 2.8), layout="constrained", squeeze=False
         )
         for axis, curve in zip(axes[0], curves, strict=True):
-            for prefix, label, style in (("", "train", "-"), ("eval_", "held out", "o--")):
-                points = [(row["step"], row[prefix + curve]) for row in history if prefix + curve in row]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, label=label)
+            axis.plot(*zip(*((row["step"], row[curve]) for row in history if curve in row), strict=True))
             axis.set_title(curve, fontsize=9)
             axis.set_xlabel("step", fontsize=8)
-            axis.legend(fontsize=8)
         figure.savefig(out / f"{name}.png", dpi=150)
         plt.close(figure)
