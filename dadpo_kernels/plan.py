@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 DEFAULT_BUDGET = 256 * 2**20
 LIVE_WORKSPACE = 48 * 2**20  # bytes of a chunk's logits in the live plan
-LIVE_TILE = 16384
+LIVE_TILE = 16384  # columns of the backward at a time, fewer where their weight is larger than the workspace
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def live_bytes(tokens: int, vocab: int, itemsize: int, budget: int) -> int:
     return profile_bytes(tokens, vocab, itemsize) + min(budget, tokens * vocab * itemsize)
 
 
-def make_live_plan(tokens: int, rows: int, vocab: int, itemsize: int, buffer: int, tolerance: float) -> LivePlan:
+def make_live_plan(
+    tokens: int, rows: int, vocab: int, width: int, itemsize: int, buffer: int, tolerance: float
+) -> LivePlan:
     """The live plan over `rows` of `tokens` tokens, with a buffer of `live_bytes` for all of them."""
     profiles = profile_bytes(tokens, vocab, itemsize)
-    return LivePlan(rows, vocab, min(LIVE_TILE, vocab), live_chunk(vocab), profiles, buffer - profiles, tolerance)
+    tile = min(vocab, LIVE_TILE, max(1024, LIVE_WORKSPACE // (4 * width)))
+    return LivePlan(rows, vocab, tile, live_chunk(vocab), profiles, buffer - profiles, tolerance)

@@ -281,7 +281,9 @@ class Compacted:
     def live(self, tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
         """The live pass over the tokens that count, of `tokens` in all, with the buffer that both its halves share."""
         hidden, head = self.tiles.hidden, self.head
-        plan = make_live_plan(tokens, self.plan.rows, len(head.weight), hidden.dtype.itemsize, len(buffer), tolerance)
+        vocab, width = head.weight.shape
+        size = hidden.dtype.itemsize
+        plan = make_live_plan(tokens, self.plan.rows, vocab, width, size, len(buffer), tolerance)
         return self.live_pass(hidden, head, self.entries, plan, buffer)
 
 

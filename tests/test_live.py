@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import dadpo_kernels.selected_logps as module
 from dadpo_kernels import linear_selected_logps, live_diagnostics
-from dadpo_kernels.plan import live_bytes, make_live_plan
+from dadpo_kernels.plan import LIVE_TILE, live_bytes, make_live_plan
 
 BACKENDS = ["torch", "cpu"]
 OPTIONS = {
@@ -154,7 +154,7 @@ def test_options(backend, dtype, option):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_real_hidden_states(smollm2, backend, sharpness, monkeypatch):
     """From nearly uniform, as after initialisation, to overconfident; the tiles a user gets, two chunks and a bit."""
-    monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", 4096)
+    monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", LIVE_TILE)
     monkeypatch.setattr("dadpo_kernels.plan.live_chunk", lambda vocab: 40)
     hidden, weight, labels = smollm2
     hidden = hidden * sharpness
@@ -394,8 +394,23 @@ def test_bad_tolerance(tolerance):
 
 
 def test_plan_is_inspectable():
-    plan = make_live_plan(100, 40, 1000, 4, live_bytes(100, 1000, 4, 5000), 1e-3)
+    plan = make_live_plan(100, 40, 1000, 64, 4, live_bytes(100, 1000, 4, 5000), 1e-3)
     assert [(c.start, c.stop) for c in plan.chunks] == [(0, 16), (16, 32), (32, 40)]
     assert plan.tiles == [(0, 256), (256, 256), (512, 256), (768, 232)]
     assert plan.profile_bytes == 7 * 1000 * 4
     assert plan.budget == 5000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_whose_rows_lie_apart(backend):
+    p = zipf_problem()
+    apart = torch.full((len(p.weight), p.weight.shape[1] + 9), torch.nan)[:, : p.weight.shape[1]].copy_(p.weight)
+    got, want = (
+        linear_selected_logps(
+            p.hidden, weight, p.labels, p.topk_ids, bias=p.bias, backend=backend, grad_tolerance=1e-3
+        )
+        for weight in (apart, p.weight)
+    )
+    assert apart.stride(0) == p.weight.shape[1] + 9
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

@@ -51,12 +51,10 @@ def test_measure_against_dense(tmp_path):
     again, cached = evaluate(tmp_path / "teacher", tmp_path / "cache"), evaluate_teacher(tmp_path / "cache")
     assert (cached["kl"], cached["reverse_kl"]) == (0, 0)
     assert abs(again["kl"]) < 1e-2 < got["kl"]
-    for name in ("nll", "margin", "accuracy"):
-        assert cached[name] == pytest.approx(again[name], rel=1e-2, abs=1e-2)
-    above = [a > b for a, b in zip(got["margins"], cached["margins"], strict=True)]
-    assert reward_accuracy(got, cached) == pytest.approx(sum(above) / 11)
-    assert reward_accuracy(got, got) == 0
-    nll, tokens, margins = 0.0, 0, []
+    for name in ("nll", "margin"):  # the measure may run in bfloat16
+        assert cached[name] == pytest.approx(again[name], rel=3e-2, abs=3e-2)
+    assert reward_accuracy({"log_ratios": [1.0, -2.0, 3.0, 0.0]}, {"log_ratios": [0.5, -1.0, 3.0, -4.0]}) == 0.5
+    nll, tokens, margins, log_ratios = 0.0, 0, [], []
     for item in (PairDataset(tmp_path / "cache")[i] for i in range(11)):
         means = []
         for answer in (item["pair"].chosen_ids, item["pair"].rejected_ids):
@@ -66,6 +64,8 @@ def test_measure_against_dense(tmp_path):
         nll -= means[0] * len(item["pair"].chosen_ids)
         tokens += len(item["pair"].chosen_ids)
         margins.append(means[0] - means[1])
+        log_ratios.append(means[0] * len(item["pair"].chosen_ids) - means[1] * len(item["pair"].rejected_ids))
+    assert got["log_ratios"] == pytest.approx(log_ratios, rel=1e-2, abs=0.5)
     assert got["nll"] == pytest.approx(nll / tokens, rel=1e-2)  # the measure may run in bfloat16
     assert got["margin"] == pytest.approx(sum(margins) / 11, abs=3e-2)
     assert got["kl"] > 0.1

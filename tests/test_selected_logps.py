@@ -210,6 +210,8 @@ def test_every_instruction_set(isa, dtype):
         for budget in (0, 2**31):
             p = random_problem(rows=97, vocab=1100, width=77, bias=True, softcap=5.0)
             assert_as_good_as_dense(p, dtype, "cpu", budget)
+            # Several uneven sweeps of both inner dimensions; two operands a unit in bfloat16.
+            assert_as_good_as_dense(random_problem(rows=1700, vocab=210, width=2179), dtype, "cpu", budget)
     finally:
         cpu._cpu.use(best)
 

@@ -90,13 +90,19 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
         }
 }
 
-// Fetches memory into L2 in equal slices, one with each of `steps` steps of a product.
+// Units of a sweep: all of a product's are equal, but for the last.
+inline long sweep_of(long depth) {
+    const long sweeps = std::max(1L, (depth + kInner - 1) / kInner);
+    return (depth + sweeps - 1) / sweeps;
+}
+
+// Fetches memory into L2 in slices of whole cache lines, one with each of `steps` steps of a product.
 struct Prefetch {
     const uint32_t* at;
     long units, slice;
 
     Prefetch(const uint32_t* begin, long units, long steps)
-        : at(begin), units(units), slice(((units + steps - 1) / steps + kLine - 1) / kLine * kLine) {}
+        : at(begin), units(units), slice((units / std::max(1L, steps) / kLine + 1) * kLine) {}
     void step() {
         const long count = std::min(slice, units);
         for (long i = 0; i < count; i += kLine) __builtin_prefetch(at + i, 0, 2);
@@ -111,9 +117,8 @@ template <typename U>
 inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_stride, const uint32_t* b, long b_depth,
                  long depth, long rows, long panels, float* c, long ldc, bool accumulate,
                  const uint32_t* ahead = nullptr, long ahead_units = 0) {
-    const long blocks = (rows + kRows - 1) / kRows, sweeps = (depth + kInner - 1) / kInner;
-    const long sweep = sweeps ? (depth + sweeps - 1) / sweeps : 0;
-    Prefetch later(ahead, ahead_units, sweeps * panels * blocks);
+    const long blocks = (rows + kRows - 1) / kRows, sweep = sweep_of(depth);
+    Prefetch later(ahead, ahead_units, (depth + kInner - 1) / kInner * panels * blocks);
     for (long k0 = 0; k0 < depth; k0 += sweep) {
         const long part = std::min(sweep, depth - k0);
         const bool add = accumulate || k0 > 0;

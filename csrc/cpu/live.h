@@ -91,7 +91,9 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
             for (long i = 0; i < columns; i += kBlock) {
                 const uint32_t* block = reinterpret_cast<const uint32_t*>(weight) + i * weight_stride;
                 const long count = std::min(kBlock, columns - i);
-                const long left = in_place ? std::min(kBlock, t.columns - g * kGroup - i - count) : 0;  // from memory
+                // Copies are near already, and rows that lie apart would be fetched with what lies between them.
+                const long rest = in_place && weight_stride == depth ? std::min(t.columns, end * kGroup) : 0;
+                const long left = std::clamp(rest - g * kGroup - i - count, 0L, kBlock);
                 gemm<U>(block, kRows * weight_stride, weight_stride, 1, packed.data(), depth, depth, count, panels,
                         z.data() + i * ld, ld, false, block + count * weight_stride, left * weight_stride);
             }
@@ -119,8 +121,8 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
     });
 }
 
-// What brings each group to the base `max`, in the place of its own base; with it, the sums of P = share * exps and of P^2
-// over tokens per column, and of exps^2 per group and token. The exponentials themselves stay as they are.
+// What brings each group's exps to the base `max`, in the place of its own base; with it, the sums of P = share * exps and
+// of P^2 over tokens per column, and of exps^2 per group and token. What is stored in `exps` stays as it is.
 inline void live_columns(const LiveChunk& c, float* factors, const float* max, const float* share, float* sums,
                          float* energy, float* outside) {
     Team::run(c.threads, [&](Team& team, int rank) {
@@ -150,7 +152,8 @@ inline void live_columns(const LiveChunk& c, float* factors, const float* max, c
     });
 }
 
-// Over the dead columns of every group, per token: sums of exps, of profile * exps and of exps^2 [groups, 3, rows].
+// Over the dead columns of every group, per token: sums of exps (times factors [groups, rows]), of profile * exps and of
+// exps^2 [groups, 3, rows].
 inline void live_residuals(const LiveChunk& c, const float* factors, const uint8_t* dead, const float* profile,
                            float* out) {
     Team::run(c.threads, [&](Team& team, int rank) {

@@ -123,14 +123,14 @@ template <typename T, typename U = OperandOf<T>>
 void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int rank, const U* dz,
                      const uint32_t* packed_hidden, const Workspace::Local& l) {
     constexpr int per = Units<U>::per;
-    const long depth = Units<U>::count(t.rows), wide = panels_of(t.width) * kPanel;
+    const long depth = Units<U>::count(t.rows), sweep = sweep_of(depth), wide = panels_of(t.width) * kPanel;
     const auto [begin, end] = team.share(rank, t.columns, kRows);
     for (long column = begin, count; g.weight && column < end; column += count) {
         const long inside = column % kGroup;
         const U* group = dz + (column - inside) * t.rows + inside;
         count = std::min({kBlock, end - column, kGroup - inside});
-        for (long k = 0; k < depth; k += kInner) {
-            const long part = std::min(kInner, depth - k);
+        for (long k = 0; k < depth; k += sweep) {
+            const long part = std::min(sweep, depth - k);
             pack_blocks_transposed(group + k * per * kGroup, kGroup, count, std::min(part * per, t.rows - k * per), l.a);
             gemm<U>(l.a, kRows * part, 1, kRows, packed_hidden + k * kPanel, depth, part, count, wide / kPanel, l.c,
                     wide, k > 0);

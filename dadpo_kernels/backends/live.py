@@ -30,6 +30,7 @@ from .torch_ import finite, wide_mm
 
 LIVE = -1.0  # in a stored profile: this column is live
 AIM = 0.5  # of the tolerance, in the forward: the loss's coefficients differ from token to token
+KEPT = 4096  # columns copied at a time
 TRIES = 4  # at a chunk's live columns
 
 
@@ -73,7 +74,9 @@ class LivePass:
             live = self.choose(index, exps[:-1], entries, own, dead[part])
             end = used + len(live) * count
             if end <= len(self.exps):
-                self.exps[used:end].view(-1, count).copy_(self.kept(exps, live))
+                out = self.exps[used:end].view(-1, count)
+                for some, columns in zip(out.split(KEPT), live.split(KEPT), strict=True):
+                    some.copy_(self.kept(exps, columns))
                 used = end
         return state, dead
 
@@ -196,6 +199,7 @@ class LivePass:
                 self.live_gradient(chunk, first, columns, Grads(grad_hidden, grad_weight, grad_bias))
             if grads.weight is not None and grad_weight is not None:
                 grads.weight[tile] = grad_weight
+                del grad_weight  # before the next tile's weight is widened
         if grad_hidden is not None:
             for chunk, ghost in zip(chunks, ghosts, strict=True):
                 grad_hidden[chunk.part].addr_(chunk.mass, ghost)

@@ -26,19 +26,19 @@ Logps = Callable[[dict[str, Tensor], TeacherTargets], SelectedLogps]  # of the t
 
 
 def evaluate(model_path: Path, cache: Path) -> dict[str, Any]:
-    """`summary` of the model in a directory on the pairs of a teacher cache, and every pair's margin as "margins"."""
+    """`summary` of the model in a directory on the pairs of a teacher cache, and "log_ratios" of the pairs."""
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    figures, margins = summary(logps_of(model), PairDataset(cache, vocab_size=len(lm_head(model).weight)))
-    return figures | {"margins": margins.tolist()}
+    figures, log_ratios = summary(logps_of(model), PairDataset(cache, vocab_size=len(lm_head(model).weight)))
+    return figures | {"log_ratios": log_ratios.tolist()}
 
 
 def evaluate_teacher(cache: Path) -> dict[str, Any]:
     """The same of the teacher itself, whose log-probabilities the cache holds: no model runs."""
-    figures, margins = summary(
+    figures, log_ratios = summary(
         lambda _, teacher: SelectedLogps(teacher.label_logps, teacher.topk_logps, teacher.topk_tail),
         PairDataset(cache),
     )
-    return figures | {"margins": margins.tolist()}
+    return figures | {"log_ratios": log_ratios.tolist()}
 
 
 def measure(model: Any, pairs: Dataset) -> dict[str, float]:
@@ -47,8 +47,8 @@ def measure(model: Any, pairs: Dataset) -> dict[str, float]:
 
 
 def reward_accuracy(policy: dict[str, Any], reference: dict[str, Any]) -> float:
-    """The share of pairs whose margin is larger than the reference's: DPO's implicit reward ranks them right."""
-    return float((torch.tensor(policy["margins"]) > torch.tensor(reference["margins"])).float().mean())
+    """The share of pairs that DPO's implicit reward `log(policy / reference)` ranks as they are."""
+    return float((torch.tensor(policy["log_ratios"]) > torch.tensor(reference["log_ratios"])).float().mean())
 
 
 def logps_of(model: Any) -> Logps:
@@ -70,7 +70,7 @@ def logps_of(model: Any) -> Logps:
 
 
 def summary(student: Logps, pairs: Dataset) -> tuple[dict[str, float], Tensor]:
-    """Means over the items of a `PairDataset`, and every pair's margin.
+    """Means over the items of a `PairDataset`, and every pair's `logp(chosen) - logp(rejected)`.
 
     `kl` (KL(teacher ‖ student) over the cache's top-k and the rest as one outcome), `reverse_kl` (the other way round)
     and `nll` are over the tokens of the chosen answers. A pair's margin is the mean log-probability a token of the
@@ -79,7 +79,9 @@ def summary(student: Logps, pairs: Dataset) -> tuple[dict[str, float], Tensor]:
     """
     collate = PairCollator(pad_token_id=0)  # never attended to: any id serves
     count = len(pairs)  # type: ignore[arg-type]
-    kl, reverse_kl, nll, tokens, margins = 0.0, 0.0, 0.0, 0, []
+    kl, reverse_kl, nll, tokens = 0.0, 0.0, 0.0, 0
+    margins: list[Tensor] = []
+    log_ratios: list[Tensor] = []
     for start in range(0, count, 8):
         batch = collate([pairs[i] for i in range(start, min(start + 8, count))])
         teacher = TeacherTargets(*(batch[f"teacher_{name}"] for name in TeacherTargets._fields))
@@ -87,8 +89,9 @@ def summary(student: Logps, pairs: Dataset) -> tuple[dict[str, float], Tensor]:
         assert logps.topk is not None
         assert logps.tail is not None
         valid = batch["labels"] != -100
-        means = ((logps.label * valid).sum(1) / valid.sum(1)).chunk(2)
-        margins.append(means[0] - means[1])
+        sums = logps.label.sum(1)
+        for values, found in ((sums, log_ratios), (sums / valid.sum(1), margins)):
+            found.append(values.chunk(2)[0] - values.chunk(2)[1])
         chosen = valid.clone()
         chosen[len(chosen) // 2 :] = False
         at = [x[chosen] for x in (logps.topk, logps.tail, teacher.topk_logps, teacher.topk_tail)]
@@ -104,4 +107,4 @@ def summary(student: Logps, pairs: Dataset) -> tuple[dict[str, float], Tensor]:
         "accuracy": (margin > 0).float().mean().item(),
         "margin": margin.mean().item(),
     }
-    return figures, margin
+    return figures, torch.cat(log_ratios)

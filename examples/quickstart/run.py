@@ -1,6 +1,6 @@
 """The main job on real input: prune a model, restore it from its teacher, and measure on held-out pairs.
 
-    make quickstart            # about 10 minutes on 2 cores
+    make quickstart            # 10 minutes on 2 cores, installation included
     make quickstart FULL=1     # all pairs on any machine, and more passes over them
 
 Every step is a command or a public function that works the same on a large model; this file only strings them
@@ -106,7 +106,7 @@ def main() -> None:
     (out / "results.json").write_text(json.dumps(figures | {"seconds": time.time() - begin}, indent=2))
     plot(out, {"sft": sft, "daDPO": student}, results)
     print(table(results, speed, peak, time.time() - begin))
-    print(f"Reward accuracy of daDPO (share of held-out pairs with a margin above its reference's): {learned:.3f}")
+    print(f"Reward accuracy of daDPO (share of held-out pairs ranked by log(policy / reference)): {learned:.3f}")
     print(f"\nnumbers: {out}/results.json   plots: {out}/*.png")
 
 
