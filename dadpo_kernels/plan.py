@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 DEFAULT_BUDGET = 256 * 2**20
-LIVE_WORKSPACE = 48 * 2**20  # bytes of a chunk's logits in the live plan
-LIVE_TILE = 16384  # columns of the backward at a time, fewer where their weight is larger than the workspace
+LIVE_WORKSPACE = 48 * 2**20  # bytes, in the live plan, of a chunk's logits, and of the weight of a backward's tile
+LIVE_TILE = 16384  # columns of such a tile at most
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def reward_accuracy(policy: dict[str, Any], reference: dict[str, Any]) -> float:
 
 
 def logps_of(model: Any) -> Logps:
+    """The log-probabilities that a transformers model gives, on the CPU."""
     model.eval()
     head = lm_head(model)
     device = head.weight.device
