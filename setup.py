@@ -74,8 +74,9 @@ def architectures(nvcc: str) -> list[tuple[str, bool]]:
 
 def cpu_module(n, target: str) -> None:
     cxx = compiler()
-    shared = "-shared -pthread" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
-    rules(n, f"{cxx} {COMMON} -fno-math-errno -ffp-contract=fast", f"{cxx} {shared}")
+    # Before the objects, so the linker must be told to keep it; in newer C libraries it is empty.
+    system = {"darwin": "-undefined dynamic_lookup", "linux": "-Wl,--no-as-needed -ldl"}.get(sys.platform, "")
+    rules(n, f"{cxx} {COMMON} -fno-math-errno -ffp-contract=fast", f"{cxx} -shared -pthread {system}")
     source = ROOT / "csrc" / "cpu"
     listed = " ".join(f"F({isa})" for isa in ISAS)
     objects = [

@@ -36,7 +36,8 @@ def versions() -> list[str]:
 def extensions() -> list[str]:
     if cpu._cpu:
         can = ", ".join(cpu._cpu.available())
-        lines = [f"_cpu: built; runs {cpu._cpu.active()} here (this processor can run: {can})"]
+        threads = "PyTorch's OpenMP threads" if cpu._cpu.shares_threads() else "threads of its own"
+        lines = [f"_cpu: built; runs {cpu._cpu.active()} here (this processor can run: {can}) on {threads}"]
     else:
         lines = [not_built("_cpu", ("g++", "clang++", "c++"), "install g++ or clang++ and reinstall")]
     if cuda._cuda:

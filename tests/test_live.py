@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 import dadpo_kernels.selected_logps as module
 from dadpo_kernels import linear_selected_logps, live_diagnostics
+from dadpo_kernels.backends.cpu import _cpu
 from dadpo_kernels.plan import LIVE_TILE, live_bytes, make_live_plan
 
 BACKENDS = ["torch", "cpu"]
@@ -344,6 +345,24 @@ def test_threads_do_not_change_bits():
     for other in results[1:]:
         for name, value in results[0].items():
             torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", _cpu.available() if _cpu else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [0, 2**31])
+def test_every_instruction_set(isa, dtype, budget, monkeypatch):
+    """Several uneven sweeps of both inner dimensions, an odd number of tokens, and live columns with gaps."""
+    monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", 2000)
+    monkeypatch.setattr("dadpo_kernels.plan.live_chunk", lambda vocab: 701)
+    p = random_problem(rows=750, vocab=3001, width=77, k=None, bias=True, grad_tolerance=1e-12)
+    p.bias[torch.rand(3001, generator=torch.Generator().manual_seed(0)) < 0.4] = -torch.inf
+    best = _cpu.active()
+    _cpu.use(isa)
+    try:
+        assert_as_good_as_dense(p, dtype, "cpu", budget)
+        assert live(p.to(dtype), "cpu", 1e-12, budget)[1].live_share < 0.75
+    finally:
+        _cpu.use(best)
 
 
 def test_without_gradients_there_is_no_live_plan():

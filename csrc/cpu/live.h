@@ -12,18 +12,6 @@ namespace {
 
 inline long groups_of(long columns) { return (columns + kGroup - 1) / kGroup; }
 
-// The first `count` lanes; the others read as zero and are not written.
-inline vf load_some(const float* p, long count) {
-    if (count >= kLanes) return load<vf>(p);
-    vf v{};
-    memcpy(&v, p, count * sizeof(float));
-    return v;
-}
-inline void store_some(float* p, vf v, long count) {
-    if (count >= kLanes) store(p, v);
-    else memcpy(p, &v, count * sizeof(float));
-}
-
 // One group of raw products of kLanes tokens, z [columns, ld] -> exp(logit - base) * slope, 0 at the tokens' entries, in
 // out [columns, rows]; also the logits of the entries, the base and the exponentials' sum.
 inline void live_lanes(const Tile& t, const Statistics& s, long row, long begin, long columns, float* z, long ld,

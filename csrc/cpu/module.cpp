@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "openmp.h"
 #include "passes.h"
 
 namespace py = pybind11;
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("available", &available);
     m.def("use", &use);
     m.def("prefer_huge_pages", &prefer_huge_pages);
+    m.def("shares_threads", &OpenMP::available);
     m.def("active", [] { return active->name; });
     m.def("panel", [] { return active->panel; });
     m.def("multiplies_bf16", [] { return active->multiplies_bf16; });
@@ -162,6 +164,25 @@ PYBIND11_MODULE(_cpu, m) {
             active->live_residuals({at<float>(exps), columns, rows, threads}, at<float>(factors), at<uint8_t>(dead),
                                    at<float>(profile), at<float>(out));
         },
+        py::call_guard<py::gil_scoped_release>());
+
+    py::class_<LiveGradient>(m, "LiveGradient")
+        .def(py::init([](uintptr_t dz, uintptr_t live, long columns, long rows, uintptr_t hidden, long hidden_stride,
+                         uintptr_t weight, long weight_stride, long width, uintptr_t grad_hidden,
+                         long grad_hidden_stride, uintptr_t grad_weight, long grad_weight_stride, long first, bool bf16,
+                         int threads) {
+                 return LiveGradient{at<void>(dz), at<int64_t>(live), columns, rows, at<void>(hidden), hidden_stride,
+                                     at<void>(weight), weight_stride, width, at<float>(grad_hidden),
+                                     grad_hidden_stride, at<float>(grad_weight), grad_weight_stride, first, bf16,
+                                     threads};
+             }),
+             py::kw_only(), py::arg("dz"), py::arg("live"), py::arg("columns"), py::arg("rows"), py::arg("hidden"),
+             py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("width"),
+             py::arg("grad_hidden"), py::arg("grad_hidden_stride"), py::arg("grad_weight"),
+             py::arg("grad_weight_stride"), py::arg("first"), py::arg("bf16"), py::arg("threads"));
+    m.def("live_workspace_bytes", [](const LiveGradient& g) { return active->live_workspace_bytes(g); });
+    m.def(
+        "live_gradient", [](const LiveGradient& g, uintptr_t workspace) { active->live_gradient(g, at<char>(workspace)); },
         py::call_guard<py::gil_scoped_release>());
 
     const py::list names = available();

@@ -3,7 +3,9 @@
 // Rows are split over threads in fixed contiguous shares and each row sees its columns in the same order whatever the
 // share, so results do not depend on the number of threads. The weight gradient is split over columns.
 
+#include "arena.h"
 #include "live.h"
+#include "live_gradient.h"
 #include "rows.h"
 #include "team.h"
 
@@ -11,23 +13,6 @@ namespace dadpo {
 namespace {
 
 long groups(const Tile& t) { return (t.columns + kGroup - 1) / kGroup; }
-
-// Carves aligned pieces from the caller's workspace; with a null base it only counts.
-class Arena {
-public:
-    explicit Arena(char* base) : base_(base) {}
-    template <typename U>
-    U* take(long count) {
-        U* piece = reinterpret_cast<U*>(base_ + used_);
-        used_ += (count * static_cast<long>(sizeof(U)) + 63) / 64 * 64;
-        return piece;
-    }
-    long used() const { return used_; }
-
-private:
-    char* base_;
-    long used_ = 0;
-};
 
 struct Workspace {
     uint32_t *logits_b = nullptr, *hidden_b = nullptr;  // the tile's weight as B of h W^T, and as B of dz W
@@ -263,6 +248,10 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
         },
         live_columns,
         live_residuals,
+        [](const LiveGradient& g) { return g.bf16 ? live_workspace_bytes<uint16_t>(g) : live_workspace_bytes<float>(g); },
+        [](const LiveGradient& g, char* space) {
+            g.bf16 ? live_gradient<uint16_t>(g, space) : live_gradient<float>(g, space);
+        },
     };
     return &passes;
 }

@@ -62,6 +62,24 @@ struct LiveChunk {
     int threads;
 };
 
+// The backward of the live plan for a chunk of tokens and the live columns of one tile: see live_gradient.h.
+struct LiveGradient {
+    const void* dz;  // [columns, rows in whole units], the products' type, readable for a vector behind its end
+    const int64_t* live;  // [columns] ascending ids
+    long columns, rows;
+    const void* hidden;  // [rows, width]
+    long hidden_stride;
+    const void* weight;  // [vocabulary, width]
+    long weight_stride, width;
+    float* grad_hidden;  // [rows, padded width] added to, or null
+    long grad_hidden_stride;
+    float* grad_weight;  // the tile's rows, added to, or null
+    long grad_weight_stride;
+    long first;  // the tile's first id
+    bool bf16;
+    int threads;
+};
+
 struct Passes {
     const char* name;
     long panel;  // columns are padded to a multiple of this in `Gradient::hidden` and in the packed hidden states
@@ -76,6 +94,8 @@ struct Passes {
                          float* energy, float* outside);
     void (*live_residuals)(const LiveChunk&, const float* factors, const uint8_t* dead, const float* profile,
                            float* out);
+    long (*live_workspace_bytes)(const LiveGradient&);
+    void (*live_gradient)(const LiveGradient&, char* workspace);
 };
 
 }  // namespace dadpo

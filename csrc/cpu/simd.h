@@ -35,6 +35,18 @@ template <typename V>
 inline void store(void* p, V v) {
     memcpy(p, &v, sizeof v);
 }
+// The first `count` lanes; the others read as zero and are not written.
+inline vf load_some(const float* p, long count) {
+    if (count >= kLanes) return load<vf>(p);
+    vf v{};
+    memcpy(&v, p, count * sizeof(float));
+    return v;
+}
+inline void store_some(float* p, vf v, long count) {
+    if (count >= kLanes) store(p, v);
+    else memcpy(p, &v, count * sizeof(float));
+}
+
 inline vf splat(float x) { return x - vf{}; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 

@@ -1,7 +1,4 @@
-// A team of threads for one call: started with it, joined before it returns.
-//
-// Not a pool: nothing idles beside PyTorch's OpenMP threads, and a process that forks (data loaders) cannot inherit a
-// pool whose threads are gone. Starting a thread costs about 20 us, a tile at least a hundred times that.
+// A team of threads for one call, done before it returns.
 #pragma once
 
 #include <atomic>
@@ -10,6 +7,8 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "openmp.h"
 
 namespace dadpo {
 namespace {
@@ -20,23 +19,11 @@ public:
     template <typename Body>
     static void run(int size, Body body) {
         Team team(size);
-        auto guarded = [&](auto&& step) {
-            try {
-                step();
-            } catch (...) {
-                std::lock_guard<std::mutex> lock(team.mutex_);
-                if (!team.error_) team.error_ = std::current_exception();
-                team.failed_ = true;  // nobody waits at a barrier for a thread that will not come
-            }
+        auto member = [&](int rank) {
+            team.guard([&] { body(team, rank); });
         };
-        std::vector<std::thread> threads;
-        guarded([&] {
-            threads.reserve(size);
-            for (int rank = 1; rank < size; rank++)
-                threads.emplace_back([&, rank] { guarded([&] { body(team, rank); }); });
-        });
-        if (!team.failed_) guarded([&] { body(team, 0); });
-        for (auto& thread : threads) thread.join();
+        if (size == 1) member(0);
+        else if (!OpenMP::run(size, member)) team.guard([&] { team.start(member); });
         if (team.error_) std::rethrow_exception(team.error_);
     }
 
@@ -61,6 +48,30 @@ public:
 
 private:
     explicit Team(int size) : size_(size) {}
+
+    template <typename Step>
+    void guard(Step step) {
+        try {
+            step();
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+            failed_ = true;  // nobody waits at a barrier for a thread that will not come
+        }
+    }
+
+    // Threads of its own, which end with the call: about 20 us each.
+    template <typename Member>
+    void start(Member member) {
+        std::vector<std::thread> threads;
+        threads.reserve(size_);
+        guard([&] {
+            for (int rank = 1; rank < size_; rank++) threads.emplace_back(member, rank);
+        });
+        if (!failed_) member(0);
+        for (auto& thread : threads) thread.join();
+    }
+
     const int size_;
     std::atomic<int> arrived_{0}, phase_{0};
     std::atomic<bool> failed_{false};

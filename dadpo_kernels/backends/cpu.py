@@ -41,6 +41,20 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class Workspace:
+    """Memory that a kernel uses during a call, kept from call to call."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+
+    def at_least(self, size: int) -> int:
+        """A 64-byte aligned address with `size` bytes behind it."""
+        if self.buffer is None or self.buffer.numel() < size + 64:
+            self.buffer = None
+            self.buffer = prepare(torch.empty(size + 64, dtype=torch.uint8))
+        return -(-address(self.buffer) // 64) * 64
+
+
 def operand(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products read matrices of `dtype`: bfloat16 only where the processor multiplies it."""
     return dtype if _cpu.multiplies_bf16() else torch.float32
@@ -52,7 +66,7 @@ class CpuTiles(Tiles):
         self.weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
         self.bias = None if head.bias is None else head.bias.float().contiguous()
         self.in_topk = entries.in_topk.contiguous()
-        self.workspace: Tensor | None = None
+        self.workspace = Workspace()
         self.packed_hidden: Tensor | None = None
 
     @staticmethod
@@ -102,12 +116,7 @@ class CpuTiles(Tiles):
         )
 
     def space(self, tile, logits: bool, grad_hidden: bool, keep_dz: bool) -> int:
-        """Address of a 64-byte aligned workspace, kept from tile to tile."""
-        size = _cpu.workspace_bytes(tile, logits, grad_hidden, keep_dz) + 64
-        if self.workspace is None or self.workspace.numel() < size:
-            self.workspace = None
-            self.workspace = prepare(torch.empty(size, dtype=torch.uint8))
-        return -(-address(self.workspace) // 64) * 64
+        return self.workspace.at_least(_cpu.workspace_bytes(tile, logits, grad_hidden, keep_dz))
 
     def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
         tile = self.tile(first, columns)

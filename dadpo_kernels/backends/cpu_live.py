@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import _cpu, address, prepare
+from .cpu import Workspace, _cpu, address, operand, prepare
 from .live import LivePass
-from .tiled import Entries, State
+from .tiled import Entries, Grads, State
+
+VECTOR = 16  # numbers that a kernel may read behind the last
 
 
 class CpuLive(LivePass):
@@ -16,9 +18,10 @@ class CpuLive(LivePass):
         weight, bias = self.head.weight, self.head.bias
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
+        self.space = Workspace()
 
     def workspace(self, count: int) -> Tensor:
-        return prepare(super().workspace(count))
+        return prepare(super().workspace(count + VECTOR))[:count]
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
         """As the parent's, but each group of columns is measured from its own base, which `factors` holds at first.
@@ -65,3 +68,21 @@ class CpuLive(LivePass):
         bits = energy.abs().view(torch.int32) >> 16  # a NaN may be negative
         cumulative = torch.bincount(bits, weights=energy.double().nan_to_num(torch.inf), minlength=1 << 15).cumsum(0)
         return ((cumulative <= allowed).sum().to(torch.int32) << 16).view(torch.float32)
+
+    def add_products(self, dz: Tensor, live: Tensor, first: int, part: slice, grads: Grads) -> None:
+        """As the parent's; rows of `grads.hidden` lie as far apart as `CpuTiles.grad_hidden_columns`."""
+        hidden, (columns, rows) = self.hidden[part], dz.shape
+        if operand(hidden.dtype) != dz.dtype:  # pairs of tokens are a unit of a bfloat16 product
+            low = dz.new_zeros(columns * (rows + rows % 2) + VECTOR, dtype=hidden.dtype)
+            low[:-VECTOR].view(columns, -1)[:, :rows] = dz
+            dz = low
+        grad_hidden = None if grads.hidden is None else grads.hidden[part]
+        call = _cpu.LiveGradient(
+            dz=address(dz), live=address(live), columns=columns, rows=rows, hidden=address(hidden),
+            hidden_stride=hidden.stride(0), weight=address(self.weight), weight_stride=self.weight.stride(0),
+            width=hidden.shape[1], grad_hidden=address(grad_hidden),
+            grad_hidden_stride=0 if grad_hidden is None else grad_hidden.stride(0), grad_weight=address(grads.weight),
+            grad_weight_stride=0 if grads.weight is None else grads.weight.stride(0), first=first,
+            bf16=hidden.dtype == torch.bfloat16, threads=torch.get_num_threads(),
+        )  # fmt: skip
+        _cpu.live_gradient(call, self.space.at_least(_cpu.live_workspace_bytes(call)))

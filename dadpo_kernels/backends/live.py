@@ -210,7 +210,7 @@ class LivePass:
         if begin == end:
             return
         live, own, part = chunk.live[begin:end], chunk.coefficients, chunk.part
-        dz = own.c.new_empty(len(live) + 1, len(own.c))  # and a spare row
+        dz = self.workspace((len(live) + 1) * len(own.c)).view(-1, len(own.c))  # and a spare row
         if chunk.exps is not None:
             torch.mul(chunk.exps[begin:end], own.c, out=dz[:-1])
         else:
@@ -221,13 +221,20 @@ class LivePass:
                 dz[:-1] *= slope
         inside = (chunk.places >= begin) & (chunk.places < end)
         dz = dz.scatter_(0, (chunk.places - begin).where(inside, len(live)), own.values.T)[:-1]
+        self.add_products(dz, live, first, part, grads)
+        if grads.bias is not None:
+            grads.bias.index_add_(0, live - first, dz.sum(1))
+
+    def add_products(self, dz: Tensor, live: Tensor, first: int, part: slice, grads: Grads) -> None:
+        """Adds `dz.T @ weight[live]` to the chunk's rows of `grads.hidden`, and `dz @ hidden` to `grads.weight`.
+
+        `dz [L, n]`; `grads.weight` begins with row `first`. A chunk's columns are distinct: no two additions meet.
+        """
         low = dz.to(self.hidden.dtype)
         if grads.hidden is not None:
             add_product(grads.hidden[part], low.T, self.head.weight.index_select(0, live))
-        if grads.weight is not None:  # a chunk's columns are distinct: no two additions meet
+        if grads.weight is not None:
             grads.weight.index_add_(0, live - first, wide_mm(low, self.hidden[part]))
-        if grads.bias is not None:
-            grads.bias.index_add_(0, live - first, dz.sum(1))
 
     def checked_chunks(self, coefficients: Coefficients, dead: Tensor, grads: Grads) -> list[Chunk]:
         """Every chunk's part in the backward, held against the tolerance now that its coefficients are known."""

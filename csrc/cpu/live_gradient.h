@@ -1,0 +1,108 @@
+// The live plan's backward for a chunk of tokens and the live columns of one tile: two products, whose rows of the weight
+// are gathered while they are packed and whose rows of the weight's gradient are scattered from the cache.
+//
+// hidden's gradient is split over threads by its columns, the weight's by its rows: no two threads add to one number, and
+// none depends on their count.
+#pragma once
+
+#include <vector>
+
+#include "arena.h"
+#include "rows.h"
+#include "team.h"
+
+namespace dadpo {
+namespace {
+
+template <typename U>
+struct LiveSpace {
+    struct Local {
+        uint32_t *dz, *weight;  // A of dz^T W and B, a sweep of live columns at a time
+        float* rows;  // of the weight's gradient
+    };
+    Arena arena;
+    uint32_t* hidden = nullptr;  // B of dz hidden
+    std::vector<Local> local;
+
+    LiveSpace(const LiveGradient& g, char* base) : arena(base) {
+        const long panels = panels_of(g.width), share = (panels + g.threads - 1) / g.threads;
+        const long sweep = sweep_of(Units<U>::count(g.columns));
+        if (g.grad_weight) hidden = arena.take<uint32_t>(panels * kPanel * Units<U>::count(g.rows));
+        for (int i = 0; i < g.threads; i++) {
+            Local l{};
+            if (g.grad_hidden) {
+                l.dz = arena.take<uint32_t>((g.rows + kRows - 1) / kRows * kRows * sweep);
+                l.weight = arena.take<uint32_t>(share * kPanel * sweep);
+            }
+            if (g.grad_weight) l.rows = arena.take<float>(kBlock * panels * kPanel);
+            local.push_back(l);
+        }
+    }
+};
+
+template <typename T>
+long live_workspace_bytes(const LiveGradient& g) {
+    return LiveSpace<OperandOf<T>>(g, nullptr).arena.used();
+}
+
+// grad_hidden [rows, panels begin to end] += dz^T W
+template <typename T, typename U = OperandOf<T>>
+void live_hidden_gradient(const LiveGradient& g, long begin, long end, const typename LiveSpace<U>::Local& l) {
+    constexpr int per = Units<U>::per;
+    const T* weight = static_cast<const T*>(g.weight);
+    const long stride = Units<U>::count(g.rows) * per;  // of dz, in elements
+    const long units = Units<U>::count(g.columns), sweep = sweep_of(units);
+    for (long k = 0; k < units; k += sweep) {
+        const long part = std::min(sweep, units - k), first = k * per, columns = std::min(part * per, g.columns - first);
+        for (long j = 0; j < part; j++) {
+            const int64_t* id = g.live + first + j * per;
+            const long here = std::min<long>(per, columns - j * per);
+            const T* row = weight + id[0] * g.weight_stride;
+            const long ld = here > 1 ? (id[1] - id[0]) * g.weight_stride : 0;
+            for (long p = begin; p < end; p++)
+                pack_panel<U>(row + p * kPanel, ld, g.width - p * kPanel, here, 1,
+                              l.weight + ((p - begin) * part + j) * kPanel);
+        }
+        pack_blocks_transposed(static_cast<const U*>(g.dz) + first * stride, stride, g.rows, columns, l.dz);
+        gemm<U>(l.dz, kRows * part, 1, kRows, l.weight, part, part, g.rows, end - begin, g.grad_hidden + begin * kPanel,
+                g.grad_hidden_stride, true);
+    }
+}
+
+// grad_weight [live columns begin to end, width] += dz hidden
+template <typename U>
+void live_weight_gradient(const LiveGradient& g, long begin, long end, const uint32_t* hidden, float* space) {
+    const long depth = Units<U>::count(g.rows), panels = panels_of(g.width), wide = panels * kPanel;
+    const uint32_t* dz = static_cast<const uint32_t*>(g.dz);
+    for (long column = begin, count; column < end; column += count) {
+        count = std::min(kBlock, end - column);
+        gemm<U>(dz + column * depth, kRows * depth, depth, 1, hidden, depth, depth, count, panels, space, wide, false);
+        for (long i = 0; i < count; i++) {
+            float* out = g.grad_weight + (g.live[column + i] - g.first) * g.grad_weight_stride;
+            const float* row = space + i * wide;
+            for (long j = 0; j < g.width; j += kLanes)
+                store_some(out + j, load_some(out + j, g.width - j) + load<vf>(row + j), g.width - j);
+        }
+    }
+}
+
+template <typename T>
+void live_gradient(const LiveGradient& g, char* workspace) {
+    using U = OperandOf<T>;
+    const LiveSpace<U> space(g, workspace);
+    const long depth = Units<U>::count(g.rows), panels = panels_of(g.width);
+    Team::run(g.threads, [&](Team& team, int rank) {
+        const auto [first, last] = team.share(rank, panels, 1);
+        for (long p = first; g.grad_weight && p < last; p++)
+            pack_panel<U>(static_cast<const T*>(g.hidden) + p * kPanel, g.hidden_stride, g.width - p * kPanel, g.rows,
+                          depth, space.hidden + p * depth * kPanel);
+        if (g.grad_hidden) live_hidden_gradient<T>(g, first, last, space.local[rank]);
+        if (!g.grad_weight) return;
+        team.barrier();  // all of hidden is packed
+        const auto [begin, end] = team.share(rank, g.columns, kRows);
+        live_weight_gradient<U>(g, begin, end, space.hidden, space.local[rank].rows);
+    });
+}
+
+}  // namespace
+}  // namespace dadpo
