@@ -74,9 +74,9 @@ def architectures(nvcc: str) -> list[tuple[str, bool]]:
 
 def cpu_module(n, target: str) -> None:
     cxx = compiler()
-    # Before the objects, so the linker must be told to keep it; in newer C libraries it is empty.
-    system = {"darwin": "-undefined dynamic_lookup", "linux": "-Wl,--no-as-needed -ldl"}.get(sys.platform, "")
-    rules(n, f"{cxx} {COMMON} -fno-math-errno -ffp-contract=fast", f"{cxx} -shared -pthread {system}")
+    shared = "-shared -pthread" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
+    libraries = "-ldl" if sys.platform == "linux" else ""
+    rules(n, f"{cxx} {COMMON} -fno-math-errno -ffp-contract=fast", f"{cxx} {shared}", libraries)
     source = ROOT / "csrc" / "cpu"
     listed = " ".join(f"F({isa})" for isa in ISAS)
     objects = [
@@ -111,9 +111,9 @@ def cuda_module(n, target: str) -> None:
     n.build(target, "link", objects)
 
 
-def rules(n, cxx: str, link: str) -> None:
+def rules(n, cxx: str, link: str, libraries: str = "") -> None:
     n.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-    n.rule("link", f"{link} $in -o $out")
+    n.rule("link", f"{link} $in -o $out {libraries}")
 
 
 def compiled(n, name: str, source: Path, *flags: str) -> str:

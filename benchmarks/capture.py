@@ -7,8 +7,9 @@
 Each part replaces its section of the file (times in seconds, memory in MiB, k = 64, and `environment` beside them):
 
     head/DTYPE [{tokens, gemm, ours, dense: seconds (medians), ours_mib, dense_mib}]. gemm: the product that makes
-            the logits, into memory that exists, in its fastest arrangement. ours: `linear_topk_logps` with labels.
-            dense: `log_softmax(logits).topk(k)`, and the label's gathered. Memory: growth of the resident set
+            the logits, into memory that exists, in its fastest arrangement (`benchmarks.floor`). ours:
+            `linear_topk_logps` with labels. dense: `log_softmax(logits).topk(k)`, and the label's gathered. Memory:
+            growth of the resident set
     cache   {tokens, bytes_per_token, tokens_per_second, kl_exact, kl_cached, kl_error_mean, kl_error_max}: a cache of
             real pairs, and forward KL to a student (the same model without its last five layers) over top-k and tail,
             from the teacher's float64 values and from the cache's; nats a token

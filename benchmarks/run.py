@@ -14,11 +14,13 @@ The file (times in seconds, memory in MiB above the inputs, of which the returne
     {"comparison": {"smollm2/float32": SECTION, ...}, "lengths": {"smollm2/float32/8192": SECTION, ...},
      "scaling": {SWEEP: see benchmarks.scaling, ...}}
 
-Sections of other `--tokens` than the default go to "lengths".
+Sections of other `--tokens` than the default go to "lengths". Those of a dtype that the processor has no products for
+are named "CASE/DTYPE emulated", so that they do not replace another machine's.
 
     SECTION
       environment   cpu, threads, memory_gib, python, platform, versions {package: version}, commit, date
       case, dtype, hidden_size, vocab_size, tokens, valid_tokens, gradient_mib
+      floor_dtype   of the floor's products: see benchmarks.floor
       peakedness    label_probability, topk_mass: means over the valid tokens
       floor         {logits|dhidden|dweight: {seconds, arrangement}}: the fastest arrangements, which all time
       floor_seconds median over all processes of the sum of the three
@@ -38,6 +40,7 @@ from pathlib import Path
 import torch
 
 from .cases import CASES, DTYPES, Inputs, make_inputs, peakedness, save_inputs
+from .floor import floor_dtype
 from .oracle import save_gradients
 from .process import child, environment, log
 from .scaling import HIDDEN_SIZE, SWEEPS, new_points
@@ -113,6 +116,7 @@ def describe(case: str, dtype: str, inputs: Inputs, threads: int) -> dict:
         "environment": environment(threads),
         "case": case,
         "dtype": dtype,
+        "floor_dtype": str(floor_dtype(DTYPES[dtype])).removeprefix("torch."),
         "hidden_size": inputs.weight.shape[1],
         "vocab_size": inputs.weight.shape[0],
         "tokens": inputs.labels.numel(),
@@ -172,10 +176,11 @@ def main() -> None:
                     inputs = make_inputs(case, DTYPES[dtype], args.tokens)
                     section = describe(case, dtype, inputs, args.threads)
                     section |= compare(inputs, args.only, args.repeats, args.calls, args.threads, Path(directory))
+                name = f"{case}/{dtype}" + ("" if section["floor_dtype"] == dtype else " emulated")
                 if args.tokens == TOKENS:
-                    keep("comparison", f"{case}/{dtype}", section)
+                    keep("comparison", name, section)
                 else:
-                    keep("lengths", f"{case}/{dtype}/{args.tokens}", section)
+                    keep("lengths", f"{name}/{args.tokens}", section)
     if not args.out:
         print(json.dumps(results, indent=1))
 

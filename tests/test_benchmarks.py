@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, load_inputs, peaked_head, save_inputs, with_teacher
-from benchmarks.floor import measure_floor, products
+from benchmarks.floor import floor_dtype, measure_floor, products
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients, relative_error
 from benchmarks.run import ratios
@@ -94,15 +94,17 @@ def test_peaked_head_is_peaked():
     assert probabilities.topk(64).values.sum(-1).mean() > 0.8
 
 
-def test_every_arrangement_of_the_floor_does_its_product(inputs):
-    hidden, weight = inputs.hidden.flatten(0, 1)[inputs.valid], inputs.weight
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_arrangement_of_the_floor_does_its_product(inputs, dtype):
+    hidden, weight = inputs.hidden.flatten(0, 1)[inputs.valid].to(dtype), inputs.weight.to(dtype)
     arrangements = list(products(hidden, weight))
+    hidden, weight = hidden.to(floor_dtype(dtype)), weight.to(floor_dtype(dtype))
     assert {product for product, _, _ in arrangements} == {"logits", "dhidden", "dweight"}
     logits = hidden @ weight.T
     expected = {"logits": logits, "dhidden": logits @ weight, "dweight": logits.T @ hidden}
     for product, name, run in arrangements:
         torch.testing.assert_close(run(), expected[product], msg=lambda text, name=name: f"{name}: {text}")
-    best = measure_floor(hidden, weight, calls=1)
+    best = measure_floor(hidden.to(dtype), weight.to(dtype), calls=1)
     assert all(product["seconds"] > 0 for product in best.values())
 
 

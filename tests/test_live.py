@@ -354,13 +354,13 @@ def test_every_instruction_set(isa, dtype, budget, monkeypatch):
     """Several uneven sweeps of both inner dimensions, an odd number of tokens, and live columns with gaps."""
     monkeypatch.setattr("dadpo_kernels.plan.LIVE_TILE", 2000)
     monkeypatch.setattr("dadpo_kernels.plan.live_chunk", lambda vocab: 701)
-    p = random_problem(rows=750, vocab=3001, width=77, k=None, bias=True, grad_tolerance=1e-12)
+    p = random_problem(rows=1101, vocab=3001, width=77, k=None, bias=True, grad_tolerance=1e-12)
     p.bias[torch.rand(3001, generator=torch.Generator().manual_seed(0)) < 0.4] = -torch.inf
     best = _cpu.active()
     _cpu.use(isa)
     try:
         assert_as_good_as_dense(p, dtype, "cpu", budget)
-        assert live(p.to(dtype), "cpu", 1e-12, budget)[1].live_share < 0.75
+        assert live(p.to(dtype), "cpu", 1e-12, budget)[1].live_share < 0.8
     finally:
         _cpu.use(best)
 

@@ -54,7 +54,7 @@ def test_measure_against_dense(tmp_path, monkeypatch):
     assert abs(again["kl"]) < 1e-3  # top-k log-probabilities are cached in float16
     for name in ("nll", "margin"):
         assert cached[name] == pytest.approx(again[name], rel=1e-4)
-    assert reward_accuracy({"log_ratios": [1.0, -2.0, 3.0, 0.0]}, {"log_ratios": [0.5, -1.0, 3.0, -4.0]}) == 0.5
+    assert reward_accuracy({"log_ratios": [1.0, -2.0, 3.0, 0.0]}, {"log_ratios": [0.5, -1.0, 3.0, -4.0]}) == 0.625
     nll, tokens, margins, log_ratios = 0.0, 0, [], []
     for item in (PairDataset(tmp_path / "cache")[i] for i in range(11)):
         means = []

@@ -215,27 +215,38 @@ def test_report_needs_markers_and_one_machine(results, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "cpu.json"]
 
     section = results["comparison"]["smollm2/float32"]
-    elsewhere = section | {"dtype": "bfloat16", "environment": section["environment"] | {"threads": 64}}
+    emulated = section | {"dtype": "bfloat16"}
+    elsewhere = emulated | {"floor_dtype": "bfloat16", "environment": section["environment"] | {"threads": 64}}
     here, there = comparison.tables({"smollm2/float32": section, "smollm2/bfloat16": elsewhere}).splitlines()[-3::2]
     assert "in float32: " in here
     assert "in bfloat16: " in there
     assert "64 threads" in there
+    together, apart = (
+        comparison.tables({"smollm2/float32": section, "other": other}) for other in (elsewhere, emulated)
+    )
+    assert together.count("| --- |") == 1
+    assert "without" not in together
+    assert apart.count("| --- |") == 2
+    assert "on a processor without bfloat16 products" in apart
     with pytest.raises(ValueError, match="no comparison section"):
         comparison.tables({})
 
 
 def test_sections_go_by_the_number_of_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_inputs", lambda case, dtype, tokens: tokens)
-    monkeypatch.setattr(run, "describe", lambda case, dtype, tokens, threads: {"tokens": tokens})
+    monkeypatch.setattr(
+        run, "describe", lambda case, dtype, tokens, threads: {"floor_dtype": "float32", "tokens": tokens}
+    )
     monkeypatch.setattr(run, "compare", lambda *_: {})
     out = tmp_path / "cpu.json"
-    for options in ([], ["--tokens", "512"]):
-        arguments = ["run", "--case", "smollm2", "--dtype", "float32", "--out", str(out), *options]
+    for options in (["float32"], ["float32", "--tokens", "512"], ["bfloat16"]):
+        arguments = ["run", "--case", "smollm2", "--out", str(out), "--dtype", *options]
         monkeypatch.setattr("sys.argv", arguments)
         run.main()
+    section = {"floor_dtype": "float32", "tokens": run.TOKENS}
     assert json.loads(out.read_text()) == {
-        "comparison": {"smollm2/float32": {"tokens": run.TOKENS}},
-        "lengths": {"smollm2/float32/512": {"tokens": 512}},
+        "comparison": {f"smollm2/{name}": section for name in ("float32", "bfloat16 emulated")},
+        "lengths": {"smollm2/float32/512": section | {"tokens": 512}},
     }
 
 

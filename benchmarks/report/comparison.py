@@ -25,25 +25,32 @@ def tables(comparison: dict[str, dict]) -> str:
     """Markdown: one table per case, dtypes side by side, then the notes that make the figures readable."""
     if not comparison:
         raise ValueError("the file has no comparison section: run benchmarks.run without --scaling first")
-    parts = [
-        case_table([section for section in comparison.values() if section["case"] == case])
-        for case in cases(comparison)
-    ]
+    parts = [case_table(sections) for sections in tabled(comparison)]
     return "\n\n".join([*parts, notes(list(comparison.values()))])
 
 
-def cases(sections: dict[str, dict]) -> list[str]:
-    return list(dict.fromkeys(section["case"] for section in sections.values()))
+def tabled(comparison: dict[str, dict]) -> list[list[dict]]:
+    """The sections of each table: one case, its dtypes; a dtype that the processor only emulates stands alone."""
+    groups: dict[tuple[str, bool], list[dict]] = {}
+    for section in comparison.values():
+        groups.setdefault((section["case"], emulated(section)), []).append(section)
+    return list(groups.values())
+
+
+def emulated(section: dict) -> bool:
+    return section["floor_dtype"] != section["dtype"]
 
 
 def case_table(sections: list[dict]) -> str:
     """One case: per dtype the time of DPO, of DPO + KL, peak memory and gradient error."""
     first = sections[0]
     title = f"**{CASES[first['case']]}** (H={first['hidden_size']:,}, V={first['vocab_size']:,})"
+    if emulated(first):
+        title += f", on a processor without {first['dtype']} products"
     header, seconds, lines = [title], [], []
     for section in sections:
         header += [f"{section['dtype']}: DPO", "DPO + KL", "peak MiB", "grad. error"]
-        seconds.append(f"{section['floor_seconds']:.2f} s in {section['dtype']}")
+        seconds.append(f"{section['floor_seconds']:.2f} s in {section['floor_dtype']}")
     for label in dict.fromkeys(row["label"] for section in sections for row in section["rows"]):
         line = [label]
         for section in sections:
@@ -84,6 +91,11 @@ def notes(sections: list[dict]) -> str:
     )
 
 
+def measured_in(section: dict) -> str:
+    name = f"{CASES[section['case']].split(',')[0]} in {section['dtype']}"
+    return f"{name} without instructions for it" if emulated(section) else name
+
+
 def machines(sections: list[dict]) -> list[str]:
     """A line for each machine, with what was measured there if there are several; ratios are to the floor there."""
     groups: dict[str, list[dict]] = {}
@@ -94,7 +106,7 @@ def machines(sections: list[dict]) -> list[str]:
         groups.setdefault(machine, []).append(section)
     lines = []
     for machine, here in groups.items():
-        measured = ", ".join(f"{CASES[s['case']].split(',')[0]} in {s['dtype']}" for s in here)
+        measured = ", ".join(map(measured_in, here))
         dates, commits = (", ".join(dict.fromkeys(s["environment"][key] for s in here)) for key in ("date", "commit"))
         lines.append(f"{measured + ': ' if len(groups) > 1 else ''}{machine}; {dates}, commit {commits}.")
     return lines
@@ -102,7 +114,7 @@ def machines(sections: list[dict]) -> list[str]:
 
 def draw(comparison: dict[str, dict]) -> Any:
     """One panel per section: time of the fullest objective that each variant computes, as multiples of the floor."""
-    columns = max(sum(section["case"] == case for section in comparison.values()) for case in cases(comparison))
+    columns = max(map(len, tabled(comparison)))
     rows = -(-len(comparison) // columns)
     drawing, axes = style.figure(rows, columns, width=5.6, height=3.4)
     for panel in axes.flat[len(comparison) :]:
@@ -121,7 +133,7 @@ def draw(comparison: dict[str, dict]) -> Any:
         panel.axvline(1, color=style.LIMIT, linewidth=1.2)
         panel.set_xlim(0, 1.3 * max(ratios))
         panel.grid(axis="y", visible=False)
-        panel.set_title(f"{CASES[section['case']].split(',')[0]}, {section['dtype']}")
+        panel.set_title(measured_in(section))
         panel.set_xlabel("time / three matrix products (red), and peak memory")
     return drawing
 

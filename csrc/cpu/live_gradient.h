@@ -1,8 +1,8 @@
 // The live plan's backward for a chunk of tokens and the live columns of one tile: two products, whose rows of the weight
 // are gathered while they are packed and whose rows of the weight's gradient are scattered from the cache.
 //
-// hidden's gradient is split over threads by its columns, the weight's by its rows: no two threads add to one number, and
-// none depends on their count.
+// hidden's gradient is split over threads by tokens, the weight's by columns: no two threads add to one number, and no
+// sum depends on their count.
 #pragma once
 
 #include <vector>
@@ -17,24 +17,21 @@ namespace {
 template <typename U>
 struct LiveSpace {
     struct Local {
-        uint32_t *dz, *weight;  // A of dz^T W and B, a sweep of live columns at a time
+        uint32_t* dz;  // A of dz^T W: a block of tokens, a sweep of live columns
         float* rows;  // of the weight's gradient
     };
     Arena arena;
-    uint32_t* hidden = nullptr;  // B of dz hidden
+    uint32_t *hidden = nullptr, *weight = nullptr;  // B of dz hidden, and of dz^T W for a sweep of live columns
     std::vector<Local> local;
 
     LiveSpace(const LiveGradient& g, char* base) : arena(base) {
-        const long panels = panels_of(g.width), share = (panels + g.threads - 1) / g.threads;
-        const long sweep = sweep_of(Units<U>::count(g.columns));
-        if (g.grad_weight) hidden = arena.take<uint32_t>(panels * kPanel * Units<U>::count(g.rows));
+        const long wide = panels_of(g.width) * kPanel, sweep = sweep_of(Units<U>::count(g.columns));
+        if (g.grad_weight) hidden = arena.take<uint32_t>(wide * Units<U>::count(g.rows));
+        if (g.grad_hidden) weight = arena.take<uint32_t>(wide * sweep);
         for (int i = 0; i < g.threads; i++) {
             Local l{};
-            if (g.grad_hidden) {
-                l.dz = arena.take<uint32_t>((g.rows + kRows - 1) / kRows * kRows * sweep);
-                l.weight = arena.take<uint32_t>(share * kPanel * sweep);
-            }
-            if (g.grad_weight) l.rows = arena.take<float>(kBlock * panels * kPanel);
+            if (g.grad_hidden) l.dz = arena.take<uint32_t>(kBlock * sweep);
+            if (g.grad_weight) l.rows = arena.take<float>(kBlock * wide);
             local.push_back(l);
         }
     }
@@ -45,27 +42,33 @@ long live_workspace_bytes(const LiveGradient& g) {
     return LiveSpace<OperandOf<T>>(g, nullptr).arena.used();
 }
 
-// grad_hidden [rows, panels begin to end] += dz^T W
+// grad_hidden [rows, width] += dz^T W
 template <typename T, typename U = OperandOf<T>>
-void live_hidden_gradient(const LiveGradient& g, long begin, long end, const typename LiveSpace<U>::Local& l) {
+void live_hidden_gradient(const LiveGradient& g, Team& team, int rank, uint32_t* packed, uint32_t* block) {
     constexpr int per = Units<U>::per;
     const T* weight = static_cast<const T*>(g.weight);
-    const long stride = Units<U>::count(g.rows) * per;  // of dz, in elements
+    const long panels = panels_of(g.width), stride = Units<U>::count(g.rows) * per;  // of dz, in elements
     const long units = Units<U>::count(g.columns), sweep = sweep_of(units);
     for (long k = 0; k < units; k += sweep) {
         const long part = std::min(sweep, units - k), first = k * per, columns = std::min(part * per, g.columns - first);
-        for (long j = 0; j < part; j++) {
+        const auto [begin, end] = team.share(rank, part, 1);
+        for (long j = begin; j < end; j++) {
             const int64_t* id = g.live + first + j * per;
             const long here = std::min<long>(per, columns - j * per);
             const T* row = weight + id[0] * g.weight_stride;
             const long ld = here > 1 ? (id[1] - id[0]) * g.weight_stride : 0;
-            for (long p = begin; p < end; p++)
-                pack_panel<U>(row + p * kPanel, ld, g.width - p * kPanel, here, 1,
-                              l.weight + ((p - begin) * part + j) * kPanel);
+            for (long p = 0; p < panels; p++)
+                pack_panel<U>(row + p * kPanel, ld, g.width - p * kPanel, here, 1, packed + (p * part + j) * kPanel);
         }
-        pack_blocks_transposed(static_cast<const U*>(g.dz) + first * stride, stride, g.rows, columns, l.dz);
-        gemm<U>(l.dz, kRows * part, 1, kRows, l.weight, part, part, g.rows, end - begin, g.grad_hidden + begin * kPanel,
-                g.grad_hidden_stride, true);
+        team.barrier();
+        const auto [top, bottom] = team.share(rank, g.rows, kRows);
+        for (long row = top; row < bottom; row += kBlock) {
+            const long count = std::min(kBlock, bottom - row);
+            pack_blocks_transposed(static_cast<const U*>(g.dz) + first * stride + row, stride, count, columns, block);
+            gemm<U>(block, kRows * part, 1, kRows, packed, part, part, count, panels,
+                    g.grad_hidden + row * g.grad_hidden_stride, g.grad_hidden_stride, true);
+        }
+        team.barrier();  // before the next sweep is packed over this one
     }
 }
 
@@ -92,13 +95,13 @@ void live_gradient(const LiveGradient& g, char* workspace) {
     const LiveSpace<U> space(g, workspace);
     const long depth = Units<U>::count(g.rows), panels = panels_of(g.width);
     Team::run(g.threads, [&](Team& team, int rank) {
+        if (g.grad_hidden) live_hidden_gradient<T>(g, team, rank, space.weight, space.local[rank].dz);
+        if (!g.grad_weight) return;
         const auto [first, last] = team.share(rank, panels, 1);
-        for (long p = first; g.grad_weight && p < last; p++)
+        for (long p = first; p < last; p++)
             pack_panel<U>(static_cast<const T*>(g.hidden) + p * kPanel, g.hidden_stride, g.width - p * kPanel, g.rows,
                           depth, space.hidden + p * depth * kPanel);
-        if (g.grad_hidden) live_hidden_gradient<T>(g, first, last, space.local[rank]);
-        if (!g.grad_weight) return;
-        team.barrier();  // all of hidden is packed
+        team.barrier();
         const auto [begin, end] = team.share(rank, g.columns, kRows);
         live_weight_gradient<U>(g, begin, end, space.hidden, space.local[rank].rows);
     });

@@ -55,7 +55,7 @@ constexpr Variant kVariants[] = {
 // tenth of a pass. A hint; where the system has no such pages it does nothing.
 void prefer_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 4096, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    const uintptr_t page = 2 << 20, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
     if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)address, (void)bytes;

@@ -50,10 +50,14 @@ private:
 #if defined(__linux__)
     OpenMP() {
         void* pytorch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-        if (!pytorch) return;
-        parallel_ = reinterpret_cast<Parallel>(dlsym(pytorch, "GOMP_parallel"));
-        thread_ = reinterpret_cast<Count>(dlsym(pytorch, "omp_get_thread_num"));
-        threads_ = reinterpret_cast<Count>(dlsym(pytorch, "omp_get_num_threads"));
+        if (!pytorch || !dlsym(pytorch, "GOMP_parallel")) return;
+        auto find = [&](const char* name) {  // in the order of PyTorch's own calls: another runtime may be preloaded
+            void* global = dlsym(RTLD_DEFAULT, name);
+            return global ? global : dlsym(pytorch, name);
+        };
+        parallel_ = reinterpret_cast<Parallel>(find("GOMP_parallel"));
+        thread_ = reinterpret_cast<Count>(find("omp_get_thread_num"));
+        threads_ = reinterpret_cast<Count>(find("omp_get_num_threads"));
     }
 #endif
     bool usable() const { return parallel_ && thread_ && threads_; }

@@ -1,4 +1,4 @@
-"""The live plan on the C++ passes of `csrc/cpu/live.h`."""
+"""The live plan on the C++ passes of `csrc/cpu/live.h` and `csrc/cpu/live_gradient.h`."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ class CpuLive(LivePass):
         weight, bias = self.head.weight, self.head.bias
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
-        self.space = Workspace()
+        self.workspace = Workspace()
 
-    def workspace(self, count: int) -> Tensor:
-        return prepare(super().workspace(count + VECTOR))[:count]
+    def empty(self, count: int) -> Tensor:
+        return prepare(super().empty(count + VECTOR))[:count]
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
         """As the parent's, but each group of columns is measured from its own base, which `factors` holds at first.
@@ -72,7 +72,7 @@ class CpuLive(LivePass):
     def add_products(self, dz: Tensor, live: Tensor, first: int, part: slice, grads: Grads) -> None:
         """As the parent's; rows of `grads.hidden` lie as far apart as `CpuTiles.grad_hidden_columns`."""
         hidden, (columns, rows) = self.hidden[part], dz.shape
-        if operand(hidden.dtype) != dz.dtype:  # pairs of tokens are a unit of a bfloat16 product
+        if operand(hidden.dtype) != dz.dtype:  # a bfloat16 product reads pairs of tokens: whole ones
             low = dz.new_zeros(columns * (rows + rows % 2) + VECTOR, dtype=hidden.dtype)
             low[:-VECTOR].view(columns, -1)[:, :rows] = dz
             dz = low
@@ -85,4 +85,4 @@ class CpuLive(LivePass):
             grad_weight_stride=0 if grads.weight is None else grads.weight.stride(0), first=first,
             bf16=hidden.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
-        _cpu.live_gradient(call, self.space.at_least(_cpu.live_workspace_bytes(call)))
+        _cpu.live_gradient(call, self.workspace.at_least(_cpu.live_workspace_bytes(call)))

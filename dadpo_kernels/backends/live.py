@@ -64,7 +64,7 @@ class LivePass:
         plan, rows = self.plan, len(self.hidden)
         state = State.new(rows, self.entries.ids.shape[1], self.hidden)
         dead = self.hidden.new_zeros(rows, 3, dtype=self.wide)
-        space = self.workspace((plan.vocab + 1) * plan.chunk)  # V columns and a spare one
+        space = self.empty((plan.vocab + 1) * plan.chunk)  # V columns and a spare one
         used = 0
         for index, part in enumerate(plan.chunks):
             count = part.stop - part.start
@@ -80,7 +80,7 @@ class LivePass:
                 used = end
         return state, dead
 
-    def workspace(self, count: int) -> Tensor:
+    def empty(self, count: int) -> Tensor:
         return self.hidden.new_empty(count, dtype=self.wide)
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
@@ -210,7 +210,7 @@ class LivePass:
         if begin == end:
             return
         live, own, part = chunk.live[begin:end], chunk.coefficients, chunk.part
-        dz = self.workspace((len(live) + 1) * len(own.c)).view(-1, len(own.c))  # and a spare row
+        dz = self.empty((len(live) + 1) * len(own.c)).view(-1, len(own.c))  # and a spare row
         if chunk.exps is not None:
             torch.mul(chunk.exps[begin:end], own.c, out=dz[:-1])
         else:
@@ -221,7 +221,8 @@ class LivePass:
                 dz[:-1] *= slope
         inside = (chunk.places >= begin) & (chunk.places < end)
         dz = dz.scatter_(0, (chunk.places - begin).where(inside, len(live)), own.values.T)[:-1]
-        self.add_products(dz, live, first, part, grads)
+        if grads.hidden is not None or grads.weight is not None:
+            self.add_products(dz, live, first, part, grads)
         if grads.bias is not None:
             grads.bias.index_add_(0, live - first, dz.sum(1))
 

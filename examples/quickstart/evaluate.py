@@ -19,6 +19,7 @@ ROWS = {
     "nll": "NLL of the teacher's answers (nats/token)",
     "accuracy": "Prefers the teacher's answer (share of pairs)",
     "margin": "Log-likelihood margin (nats/token)",
+    "reward_accuracy": "Preference accuracy of log(model / pruned)",
 }
 
 
@@ -47,8 +48,9 @@ def measure(model: Any, pairs: Dataset) -> dict[str, float]:
 
 
 def reward_accuracy(policy: dict[str, Any], reference: dict[str, Any]) -> float:
-    """The share of pairs that DPO's implicit reward `log(policy / reference)` ranks as they are."""
-    return float((torch.tensor(policy["log_ratios"]) > torch.tensor(reference["log_ratios"])).float().mean())
+    """The share of pairs that DPO's implicit reward `log(policy / reference)` ranks as they are; a tie counts half."""
+    reward = torch.tensor(policy["log_ratios"]) - torch.tensor(reference["log_ratios"])
+    return float((reward.sign() + 1).mean() / 2)
 
 
 def logps_of(model: Any) -> Logps:

@@ -15,7 +15,7 @@ CURVES = ("loss", "distill/kl", "rewards/margins", "rewards/accuracies")
 
 def plot(out: Path, stages: dict[str, Path], results: dict[str, dict[str, float]]) -> None:
     """Writes `heldout.png` and one `NAME.png` a stage into `out`."""
-    figure, axes = plt.subplots(1, len(ROWS), figsize=(12, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(ROWS), figsize=(3 * len(ROWS), 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, ROWS.items(), strict=True):
         bars = axis.bar(
             list(results), [r[key] for r in results.values()], color=["#94a3b8", "#fca5a5", "#fcd34d", "#34d399"]

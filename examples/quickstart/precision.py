@@ -5,7 +5,11 @@ import torch
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
+def processor_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for it; without, products take ten to a hundred times as long as in float32."""
+    return any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS)
+
+
 def bfloat16_is_fast() -> bool:
-    """Whether matrix products in bfloat16 run in hardware; on a CPU without them they take ten to a hundred times as
-    long as in float32."""
-    return torch.accelerator.is_available() or any(torch.cpu.get_capabilities().get(name) for name in INSTRUCTIONS)
+    """Whether matrix products in bfloat16 run in hardware where a model is trained."""
+    return torch.accelerator.is_available() or processor_multiplies_bfloat16()

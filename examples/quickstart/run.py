@@ -99,14 +99,14 @@ def main() -> None:
 
     heldout, models = out / "cache-heldout", {"pruned": pruned, "after SFT": sft, "after daDPO": student}
     results = {"teacher": evaluate_teacher(heldout)} | {name: evaluate(path, heldout) for name, path in models.items()}
-    learned = reward_accuracy(results["after daDPO"], results["after SFT"])
+    for figures in results.values():
+        figures["reward_accuracy"] = reward_accuracy(figures, results["pruned"])
     speed = {stage.name: json.loads((stage / "train_results.json").read_text()) for stage in (sft, student)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    figures = {"heldout": results, "reward_accuracy": learned, "training": speed, "peak_gib": peak}
-    (out / "results.json").write_text(json.dumps(figures | {"seconds": time.time() - begin}, indent=2))
+    written = {"heldout": results, "training": speed, "peak_gib": peak, "seconds": time.time() - begin}
+    (out / "results.json").write_text(json.dumps(written, indent=2))
     plot(out, {"sft": sft, "daDPO": student}, results)
     print(table(results, speed, peak, time.time() - begin))
-    print(f"Reward accuracy of daDPO (share of held-out pairs ranked by log(policy / reference)): {learned:.3f}")
     print(f"\nnumbers: {out}/results.json   plots: {out}/*.png")
 
 
