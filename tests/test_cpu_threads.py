@@ -19,9 +19,10 @@ torch.ones(1 << 20).mul_(2).exp_()  # PyTorch's threads are up
 
 def gradients():
     g = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(n, 8, generator=g, requires_grad=True) for n in (40, 900)]
-    out = linear_selected_logps(*leaves, torch.arange(40), torch.arange(120).view(40, 3), backend="cpu")
-    return [g.sum().item() for g in torch.autograd.grad(out.label.sum() + out.tail.sum(), leaves)]
+    leaves = [torch.randn(n, 64, generator=g, requires_grad=True) for n in (400, 9000)]
+    out = linear_selected_logps(*leaves, torch.arange(400), torch.arange(1200).view(400, 3), backend="cpu")
+    grads = torch.autograd.grad(out.label.sum() + out.tail.sum(), leaves)
+    return [grad.view(torch.int32).long().sum().item() for grad in grads]  # of the bits: in any order the same
 
 print(gradients(), flush=True)
 """
@@ -34,12 +35,13 @@ if child == 0:
 os.waitpid(child, 0)
 """
 WATCH = """
-import threading
+import threading, time
 tasks = set(os.listdir("/proc/self/task"))
 seen = set()
 
 def watch():
-    for _ in range(2000):
+    end = time.monotonic() + 3  # a kernel's thread lives for milliseconds
+    while time.monotonic() < end:
         seen.update(os.listdir("/proc/self/task"))
 
 watcher = threading.Thread(target=watch)
