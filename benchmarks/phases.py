@@ -2,9 +2,11 @@
 
 On the benchmark's SmolLM2 case in float32, DPO + top-k KL. In one process and in turn: the floor's three products; the
 passes of the `cpu` backend into memory that is there already, as the floor's is; the same passes into memory that the
-operating system has yet to give, as in every training step; and the whole step. JSON:
+operating system has yet to give, as in every training step; the whole step; and, as the bound of all of them, the
+processor's rate of multiply-adds. JSON:
 
-    {"environment", "tokens" (valid), "floor" [seconds], "plans": {"recompute" | "retain": {
+    {"environment", "tokens" (valid), "product_flops" (of one matrix product), "floor" [seconds per round],
+     "fma_peak" [floating-point operations per second, before each round], "plans": {"recompute" | "retain": {
         "forward", "backward" (passes alone), "fresh" (both, with fresh memory), "step": [seconds per round]}}}
 """
 
@@ -23,6 +25,7 @@ from dadpo_kernels.selected_logps import plan_for
 
 from .cases import DTYPES, Inputs, make_inputs
 from .floor import arranged, measure_floor, timed
+from .fma_peak import fma_peak
 from .process import environment, log
 from .run import TOKENS
 from .variants import RETAIN_EVERYTHING, ours
@@ -77,15 +80,23 @@ def main() -> None:
     best = measure_floor(hidden, inputs.weight, 3)
     floor = arranged(hidden, inputs.weight, {product: found["arrangement"] for product, found in best.items()})
     plans = {name: runs(inputs, budget) for name, budget in BUDGETS.items()}
-    seconds: dict[str, Any] = {"floor": [], "plans": {name: {part: [] for part in plans[name]} for name in plans}}
+    peak = fma_peak(args.threads)
+    seconds: dict[str, Any] = {
+        "floor": [],
+        "fma_peak": [],
+        "plans": {name: {part: [] for part in plans[name]} for name in plans},
+    }
     for number in range(args.rounds + 1):  # the first round touches memory and counts for nothing
+        rate = peak()
         times = {"floor": timed(floor)} | {(n, part): timed(run) for n in plans for part, run in plans[n].items()}
         log(f"round {number}: " + " ".join(f"{t:.3f}" for t in times.values()))
         if number:
+            seconds["fma_peak"].append(rate)
             seconds["floor"].append(times.pop("floor"))
             for (name, part), t in times.items():
                 seconds["plans"][name][part].append(t)
-    result = {"environment": environment(args.threads), "tokens": len(hidden)} | seconds
+    flops = 2 * len(hidden) * inputs.weight.numel()
+    result = {"environment": environment(args.threads), "tokens": len(hidden), "product_flops": flops} | seconds
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

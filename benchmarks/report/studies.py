@@ -20,15 +20,30 @@ METRICS = {
 DIAGNOSTICS = {"live_share": "live share of the columns", "units": "matrix products"}
 
 
+PRODUCTS = {"recompute": 4, "retain": 3}  # matrix products of an exact plan
+
+
 def phases(results: dict) -> str:
-    def ratio(plan: str, *parts: str) -> str:
-        seconds = zip(*(results["plans"][plan][part] for part in parts), strict=True)
-        ratios = (sum(times) / floor for times, floor in zip(seconds, results["floor"], strict=True))
-        return f"{statistics.median(ratios):.2f}"
+    floor, peak, flops = results["floor"], results["fma_peak"], results["product_flops"]
+
+    def seconds(plan: str, *parts: str) -> list[float]:
+        return [sum(times) for times in zip(*(results["plans"][plan][part] for part in parts), strict=True)]
+
+    def ratio(times: list[float]) -> str:
+        return f"{statistics.median(t / f for t, f in zip(times, floor, strict=True)):.2f}"
+
+    def bound(products: int, times: list[float]) -> float:
+        """The time of so many products at the peak rate over `times`."""
+        return statistics.median(products * flops / p / t for p, t in zip(peak, times, strict=True))
 
     columns = (("forward",), ("backward",), ("forward", "backward"), ("fresh",), ("step",))
-    rows = [[plan, *(ratio(plan, *parts) for parts in columns)] for plan in results["plans"]]
-    header = ["plan", "forward", "backward", "both", "both, in memory not touched before", "whole step"]
+    rows = [["PyTorch's products", "3", "–", "–", "1.00", f"{bound(3, floor):.2f}", "–", "–"]]
+    for plan in results["plans"]:
+        passes = [ratio(seconds(plan, *parts)) for parts in columns]
+        share = f"{bound(PRODUCTS[plan], seconds(plan, 'forward', 'backward')):.2f}"
+        rows.append([plan, str(PRODUCTS[plan]), *passes[:3], share, *passes[3:]])
+    header = ["plan", "products", "forward", "backward", "both", "share of the peak"]
+    header += ["both, in memory not touched before", "whole step"]
     return "\n\n".join(
         [
             "Times over those of PyTorch's three products in the same process and round, medians. The passes and the "
@@ -36,6 +51,10 @@ def phases(results: dict) -> str:
             "from the operating system each time, page by page. The whole step is timed right after that, and may "
             "find the pages that were just freed.",
             table(header, rows),
+            f"The peak is the processor's rate of multiply-adds that load nothing, {statistics.median(peak) / 1e9:.0f} "
+            "GFLOP/s in the same rounds; the share of it that both passes reach counts their products alone, as if "
+            f"the softmax cost nothing. At that peak, four products would take {bound(4, floor):.2f} of the floor and "
+            f"three {bound(3, floor):.2f}: no exact plan that makes as many can be faster.",
             caption(results["environment"], PHASES),
         ]
     )
