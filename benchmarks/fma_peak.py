@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-STEPS = 4_000_000
+STEPS = 16_000_000
 
 
 def fma_peak(threads: int) -> Callable[[], float]:
-    """A function that takes some 30 ms to return floating-point operations per second, of all `threads` together.
+    """A function that takes a few hundredths of a second to return floating-point operations per second, of all `threads` together.
 
     Compiled for this processor by the C++ compiler that `CXX` names (default: `c++`); `CalledProcessError` if it fails.
     """
