@@ -268,7 +268,7 @@ def test_phases_are_measured_and_reported(tmp_path, monkeypatch):
     assert "| PyTorch's products | 3 | – | – | 1.00 | 0.75 | – | – |" in text
     assert "| retain | 3 | 1.00 | 2.00 | 3.00 | 0.25 | 4.00 | 5.00 |" in text
     assert "4 GFLOP/s at most" in text
-    assert "four products would take 1.00 of the fastest floor and three 0.75" in text
+    assert "four products alone would take 1.00 of the fastest floor and three 0.75" in text
 
 
 def test_a_source_names_every_commit_and_machine(results):

@@ -53,8 +53,8 @@ def phases(results: dict) -> str:
             table(header, rows),
             f"The peak is the processor's rate of multiply-adds that load nothing, {peak / 1e9:.0f} GFLOP/s at most "
             "in these rounds. The share of it is that of both passes in their fastest round, counting their products "
-            f"alone, as if the softmax cost nothing. At the peak four products would take {bound(4, floor):.2f} of "
-            f"the fastest floor and three {bound(3, floor):.2f}: no exact plan that makes as many can be faster.",
+            "alone, as if the softmax cost nothing. At that rate four products alone would take "
+            f"{bound(4, floor):.2f} of the fastest floor and three {bound(3, floor):.2f}.",
             caption(results["environment"], PHASES),
         ]
     )
