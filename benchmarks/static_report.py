@@ -1,8 +1,7 @@
 """What the GPU kernels become on three generations of GPUs, without one: `python -m benchmarks.static_report`.
 
-The Triton backends run on small CPU tensors while a driver that only names a target stands in for CUDA's: every launch
-is compiled with exactly the types, alignments and options that it would have on the device, and nothing is launched.
-The CUDA C++ kernels are read from the extension, if it is built.
+The Triton backends run on small CPU tensors while their launches compile and do nothing else (`offline.py`). The CUDA
+C++ kernels are read from the extension, if it is built.
 
 The results are on disk after every unit of work, and a run that was cut off goes on behind the last one; they are
 thrown away when their sources or, for its own, Triton change. `markdown` makes tables of them.
@@ -15,7 +14,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,13 +21,11 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from dadpo_kernels.backends import cuda, triton_, triton_tuning
-from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
+from dadpo_kernels.backends.tiled import Coefficients, Kept, State, Tiles
 
+from . import offline
 from .machine_code import CHIPS, Chip, Compiled, inspect_extension, inspect_triton
 
 ROOT = Path(__file__).parents[1]
@@ -45,68 +41,17 @@ VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, r
 TILES = (4096, 8192)  # columns: of thousands of tokens, and of fewer
 
 
-class OfflineDriver:
-    """Stands in for Triton's CUDA driver: it names a target and has no device."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps compiled kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def compiling(capability: int) -> Iterator[dict]:
-    """Launches inside compile for that target and run nothing: `{kernel's hash: (name, CompiledKernel)}`."""
-    compiled: dict = {}
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        name = f"{self.fn.__module__.rpartition('.')[2]}.{self.fn.__name__}"
-        compiled.setdefault(kernel.hash, (name, kernel))
-
-    offline = mock.patch.object(driver, "_active", OfflineDriver(capability))
-    with mock.patch.object(JITFunction, "run", compile_only), offline:
-        yield compiled
-
-
 def problem(kind: type[Tiles], dtype: torch.dtype, columns: int, variant: str) -> Tiles:
     options, width = VARIANTS[variant]
-    weight, hidden = torch.zeros(columns, width, dtype=dtype), torch.zeros(ROWS, width, dtype=dtype)
-    head = Head(weight, weight[:, 0].contiguous() if options else None, 1.0, 30.0 if options else None, 1.0)
-    ids = torch.arange(TOP_K).expand(ROWS, TOP_K)
-    return kind(hidden, head, Entries.merge(ids[:, 0], ids))
-
-
-def passes(tiles: Tiles) -> None:
-    """Every pass of a backend over one tile: statistics, retained or not, both gradients, and top-k."""
-    columns, entries = len(tiles.head.weight), tiles.entries.ids.shape[1]
-    padded, groups = tiles.kept_shape(ROWS, columns)
-    hidden, state = tiles.hidden, State.new(ROWS, entries, tiles.hidden)
-    kept = Kept(hidden.new_zeros(ROWS, padded), hidden.new_zeros(ROWS, groups, dtype=torch.float32))
-    coefficients = Coefficients(state.max, state.max, state.selected)
-    wide = {"dtype": torch.float32}
-    grads = Grads(
-        hidden.new_zeros(hidden.shape, **wide), torch.zeros_like(tiles.head.weight), hidden.new_zeros(columns, **wide)
+    return offline.problem(
+        kind, dtype, rows=ROWS, columns=columns, width=width, top_k=TOP_K, bias=options, softcap=options
     )
-    for stored in (None, kept):
-        tiles.statistics(0, columns, state, stored)
-        tiles.gradient(0, columns, coefficients, grads, stored)
-    slots = hidden.new_zeros(ROWS, 2 * TOP_K + 1, **wide)
-    tiles.topk(0, columns, state, Best(slots, slots.to(torch.int32), slots[:, 0].to(torch.int32), TOP_K))
 
 
 def compile_rows(chip: Chip, dtype: torch.dtype, columns: int, variant: str) -> Iterator[Compiled]:
     """The kernels that pass over a tile of products of `columns` columns, and the small ones."""
-    with compiling(chip.capability) as compiled:
-        passes(problem(triton_.TritonTiles, dtype, columns, variant))
+    with offline.compiling(chip.capability) as compiled:
+        offline.passes(problem(triton_.TritonTiles, dtype, columns, variant), TOP_K)
     for name, kernel in compiled.values():
         yield inspect_triton(
             chip, kernel, (), name=name, dtype=label(dtype), variant=variant, config=f"{columns} columns"
@@ -120,7 +65,7 @@ def compile_fused(
     # float32 is computed in pieces, which not every chip's newest unit takes.
     instructions = (chip.matrix_instruction,) if dtype != torch.float32 else ()
     instructions += ("cp.async.bulk.tensor",) if config.TMA else ()
-    with compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", return_value=config):
+    with offline.compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", return_value=config):
         one_pass(problem(triton_.FusedTiles, dtype, 512, variant), kernel)
     fused = [(name, code) for name, code in compiled.values() if name in FUSED]
     for (name, code), role in zip(fused, ("", ", repair"), strict=False):
