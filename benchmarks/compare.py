@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from .gpu_suite.tables import STEPS, rows_of
+
 SLACK = 0.01  # of the counted unit: index arithmetic on a few rows may come and go
 
 
@@ -59,10 +61,9 @@ def gpu_lines(before: dict, after: dict) -> list[str]:
     a, b = (
         {
             (row["shape"], f"K={row['top_k']}", "half masked" if row["masked"] else "", row["name"]): row
-            for name in ("table", "compiled") for row in file.get(name, {"rows": []})["rows"]
-            if "top_k" in row and "both_seconds" in row
+            for row in rows_of(file, *STEPS) if "top_k" in row and "both_seconds" in row
         }
-        for file in (before["stages"], after["stages"])
+        for file in (before, after)
     )  # fmt: skip
     lines = []
     for key in a.keys() & b.keys():

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,19 @@ def environment(threads: int) -> dict:
 
 
 def commit() -> str:
-    """The checkout's commit, `-dirty` where code differs from it (measuring writes results, not code)."""
-    git = ["git", "-C", str(ROOT)]
+    """The checkout's commit, `-dirty` where code differs from it (measuring writes results, not code).
+
+    `DADPO_COMMIT` comes first: a tree that was copied to the machine that measures is no checkout.
+    """
+    if given := os.environ.get("DADPO_COMMIT"):
+        return given
+    program = shutil.which("git")
+    if program is None:
+        return "unknown (no git, and DADPO_COMMIT is not set)"
+    git = [program, "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:
-        return "unknown (not a git checkout)"
+        return "unknown (not a git checkout, and DADPO_COMMIT is not set)"
     code = ["--", ".", ":(exclude)benchmarks/results", ":(exclude)*.md"]
     clean = subprocess.run([*git, "diff", "--quiet", "HEAD", *code]).returncode == 0
     return head.stdout.strip() + ("" if clean else "-dirty")

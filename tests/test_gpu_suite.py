@@ -1,48 +1,293 @@
-"""The suite that waits for a GPU: its stages on tiny problems, its limits and its tables, on the CPU."""
+"""The suite that waits for a GPU: its order and limits, what it does when something dies, and its tables, on a CPU."""
 
+import dataclasses
+import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 import time
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("triton")
 
-from benchmarks import compare, style
-from benchmarks.gpu_suite import checks, contenders, runner, sanitizer, tables
-from benchmarks.gpu_suite.stages import STAGES, TINY, profile
+from benchmarks import compare, offline, process, style
+from benchmarks.gpu_suite import build, checks, cost_model, kernels, runner, sanitizer, steps, tables, timing
+from benchmarks.gpu_suite.__main__ import SECONDS, device_name
+from benchmarks.gpu_suite.contenders import RIVALS
+from benchmarks.gpu_suite.settings import GPU_BACKENDS, PLANS, SHAPES, TINY, TOP_K, Settings
+from benchmarks.gpu_suite.stages import CALLS, STAGES
+from benchmarks.gpu_suite.task import Stage
+from dadpo_kernels.backends import BACKENDS
 
-GPU_ONLY = ("row_passes", "sweep", "sanitizers")  # the kernels that they run; here on the host in other tests
+ROOT = Path(__file__).parents[1]
+DRY = Settings(dry=True)
+TOOLS = ("bash", "cat", "dirname", "mkdir", "mktemp", "rm", "tee", "uname", "wc")  # all that the command may need
 
 
-@pytest.mark.parametrize("name", ["ceilings", "table", "products", *GPU_ONLY, "end_to_end"])
-def test_stages_on_tiny_problems(name):
-    rows = list(STAGES[name].run(TINY))
-    assert all("error" not in row for row in rows), rows
-    assert bool(rows) == (name not in GPU_ONLY)
-    json.dumps(rows)
+@pytest.fixture
+def bare_path(tmp_path):
+    """A PATH with a shell, this Python as python3, and no git."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in TOOLS:
+        (folder / name).symlink_to(shutil.which(name))
+    (folder / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "python3").chmod(0o755)
+    return str(folder)
 
 
-def test_correctness_passes_and_fails(monkeypatch):
-    rows = list(STAGES["correctness"].run(TINY))
-    assert {row["backend"] for row in rows} >= {"torch"}
-    assert {row["dtype"] for row in rows if row["backend"] == "torch"} == {"bfloat16", "float16", "float32"}
-    assert {row["case"] for row in rows} >= {"ragged", "dlse = 0", "beyond 2^31 logits", "ties in the top 150"}
-    assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
+def suite(path, *arguments, **environment):
+    without = {name: value for name, value in os.environ.items() if name != "DADPO_COMMIT"}
+    return subprocess.run(
+        [f"{path}/bash", "tools/gpu_suite.sh", *arguments], cwd=ROOT, env={**without, "PATH": path, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
 
-    true = checks.evaluate
+
+def test_the_first_call_goes_through_every_stage_within_its_limits(bare_path, tmp_path):
+    """As it will on a GPU, without git: the whole command, a clock as planned, tiny problems."""
+    done = suite(bare_path, "first", "--dry-run", OUT=str(tmp_path / "out"), WHEELS=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["gpu-dry-run-first.json", "gpu-dry-run-first.md", "suite.log"]
+    results = json.loads((tmp_path / "out" / files[0]).read_text())
+    assert list(results["stages"]) == list(CALLS["first"])
+    assert {stage["status"] for stage in results["stages"].values()} == {"complete"}
+    assert all(0 < stage["seconds"] <= stage["limit"] for stage in results["stages"].values())
+    assert results["environment"]["commit"].startswith("unknown (no git")
+    last = done.stdout[done.stdout.index("### goals") :]
+    assert "###" not in last[3:]  # nothing behind the goals
+    assert last.count("| step on an H100, ms, at most |") == 12
+
+
+def test_limits_fit_into_one_call():
+    for stages in CALLS.values():
+        assert sum(stage.seconds for stage in stages.values()) <= SECONDS
+    assert SECONDS <= 480
+
+
+def test_tasks_have_names_of_their_own_and_the_most_telling_come_first():
+    for name, stage in STAGES.items():
+        tasks = [task for lane in stage.lanes for task in stage.tasks(DRY, lane)]
+        names = [json.dumps(task.name, sort_keys=True) for task in tasks]
+        assert len(set(names)) == len(names) > 0, name
+        assert all(task.expected > 0 for task in tasks)
+    steps_ = [task.name for task in STAGES["table"].tasks(DRY, "all") if "top_k" in task.name]
+    ours = list(itertools.product(GPU_BACKENDS, PLANS))
+    assert [(row["shape"], row["top_k"], row["masked"]) for row in steps_[: 3 * len(ours)]] == [
+        *[("Llama-3-8B", 64, False)] * len(ours), *[("Llama-3-8B", 64, True)] * len(ours),
+        *[("Qwen2.5-0.5B", 64, False)] * len(ours),
+    ]  # fmt: skip
+    assert len(steps_) == len(ours) * (len(SHAPES) * len(TOP_K) + 1)
+    assert not any("torch" in row["name"] for row in steps_)
+
+
+WORKER = """
+import os, sys, time
+import torch
+from benchmarks.gpu_suite import worker
+from benchmarks.gpu_suite.task import Stage, Task
+
+def lost():
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = raises
+    raises()
+
+def raises():
+    raise RuntimeError("an illegal memory access was encountered")
+
+def tasks(settings, lane):
+    acts = {"fine": lambda: {"ok": True}, "dies": os.abort, "raises": raises, "lost": lost,
+            "hangs": lambda: time.sleep(600), "absent": lambda: __import__("no_such_rival")}
+    for group, act in (("a", "fine"), ("b", "dies"), ("b", "fine"), ("c", "raises"), ("c", "fine"), ("d", "lost"),
+                       ("d", "fine"), ("e", "hangs"), ("e", "fine"), ("f", "absent"), ("a", "fine")):
+        os.write(1, b"a library prints half a line")
+        yield Task(group, {"group": group, "act": act, "lane": lane}, acts[act], 0.1)
+
+worker.STAGES["all kinds"] = Stage(tasks, 100)
+sys.argv[1:] = ["all kinds", "--lane", "x", *sys.argv[1:]]
+worker.main()
+"""
+
+
+def test_whatever_ends_a_process_costs_its_row_and_its_group(monkeypatch):
+    monkeypatch.setitem(runner.PATIENCE, False, 12.0)
+    rows = []
+    status = runner.run_lane([sys.executable, "-c", WORKER], 500, runner.Clock(False), rows.append)
+    assert status == "complete, processes that died: 3"
+    assert {row["lane"] for row in rows} == {"x"}
+    found = [(row["group"], row["act"], row.get("error", row.get("skipped", "fine"))) for row in rows]
+    want = [
+        ("a", "fine", "fine"), ("b", "dies", "exit status -6"), ("b", "fine", "a process died with b"),
+        ("c", "raises", "RuntimeError: an illegal memory access"), ("c", "fine", "fine"),
+        ("d", "lost", "RuntimeError: an illegal memory access"), ("d", "fine", "a process died with d"),
+        ("e", "hangs", "hung for 12 s"), ("e", "fine", "a process died with e"),
+        ("f", "absent", "No module named 'no_such_rival'"), ("a", "fine", "fine"),
+    ]  # fmt: skip
+    assert [f[:2] for f in found] == [w[:2] for w in want]
+    assert all(f[2].startswith(w[2]) for f, w in zip(found, want, strict=True)), found
+
+
+SLOW = """
+import json, sys
+for n in range(5):
+    print(json.dumps({"begin": n, "group": "a", "name": {"n": n}, "expected": 10.0}))
+    print(json.dumps({"row": {"n": n}}), flush=True)
+"""
+CHILDREN = {
+    "exit status 3: no such module": "import sys; sys.exit('no such module') if 0 else (print('no such module', "
+    "file=sys.stderr), sys.exit(3))",
+    "out of time": "import time; print('half a line', flush=True); time.sleep(60)",
+    "out of time at {'n': 7}": 'import time; print(\'{"begin": 0, "group": "a", "name": {"n": 7}, '
+    '"expected": 90}\', flush=True); time.sleep(60)',
+}
+
+
+@pytest.mark.parametrize(("status", "code"), CHILDREN.items())
+def test_ends_of_processes(status, code):
+    assert runner.run_lane([sys.executable, "-c", code], 3, runner.Clock(False), print) == status
+
+
+def test_a_stage_is_killed_with_what_it_started():
+    """A compiler process that outlives its parent would keep the pipe open and the suite waiting."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    begin = time.monotonic()
+    assert runner.run_lane([sys.executable, "-c", code], 2, runner.Clock(False), print) == "out of time"
+    assert time.monotonic() - begin < 30
+
+
+def test_a_planned_clock_cuts_what_takes_too_long():
+    clock, rows = runner.Clock(True), []
+    assert runner.run_lane([sys.executable, "-c", SLOW], 25, clock, rows.append) == "out of time"
+    assert [row["n"] for row in rows] == [0, 1, 2]
+    assert clock.now() == 30
+    assert runner.run_lane([sys.executable, "-c", SLOW], 50, runner.Clock(True), rows.append) == "complete"
+
+
+def test_what_no_time_is_left_for_is_not_started(tmp_path, monkeypatch):
+    """And the file is whole after every row."""
+    path, seen = tmp_path / "gpu.json", []
+
+    def lane(command, limit, clock, add):
+        add({"lane": command[command.index("--lane") + 1]})
+        seen.append(json.loads(path.read_text())["stages"]["build"]["status"])
+        clock.plan(30)
+        return "complete"
+
+    monkeypatch.setattr(runner, "run_lane", lane)
+    stages = {name: Stage(STAGES[name].tasks, 40, ("x", "y")) for name in ("build", "table", "quack")}
+    results = runner.run_all(stages, [], path, 50, dry=True)
+    assert json.loads(path.read_text()) == results
+    assert seen[0] == "running"
+    assert [(stage["status"], len(stage["rows"])) for stage in results["stages"].values()] == [
+        ("complete", 2), ("complete", 2), ("not started", 0),
+    ]  # fmt: skip
+    assert "quack: not started after 0 rows" in runner.complaints(results)
+
+
+def test_complaints():
+    stages = {
+        "correctness": {"status": "complete", "rows": [{"case": "a", "ok": True}, {"case": "b", "ok": False}]},
+        "table": {
+            "status": "out of time",
+            "rows": [
+                {"name": "Liger", "error": "no"},
+                {"name": "dadpo-kernels cuda, retain", "error": "no"},
+                {"name": "dadpo-kernels triton, retain", "skipped": "not built"},
+            ],
+        },
+        "passes": {"status": "complete", "rows": [{"kernel": "gradient", "error": "no"}]},
+    }
+    found = runner.complaints({"environment": {"dry_run": False}, "stages": stages})
+    words = ("'b'", "after 3 rows", "cuda", "not built", "gradient")
+    assert [word for word, line in zip(words, found, strict=True) if word in line] == list(words)
+
+
+def test_the_commit_needs_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("DADPO_COMMIT", raising=False)
+    assert "DADPO_COMMIT" in process.commit()
+    monkeypatch.setenv("DADPO_COMMIT", "0123456789ab")
+    assert process.commit() == "0123456789ab"
+    assert runner.environment(dry=True)["commit"] == "0123456789ab"
+
+
+def test_rivals_come_from_a_folder(bare_path, tmp_path):
+    """A wheel and packed site-packages are importable in the workers; too many bytes are refused."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "huge.whl").write_bytes(b"")
+    os.truncate(folder / "huge.whl", 60 * 2**20 + 1)
+    done = suite(bare_path, "second", "--dry-run", OUT=str(tmp_path / "out"), WHEELS=str(folder))
+    assert done.returncode == 2
+    assert "more than the 62914560" in done.stderr
+    (folder / "huge.whl").unlink()
+    package = tmp_path / "quack_kernels-9.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: quack-kernels\nVersion: 9.8.7\n")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner.pth").write_text("inner")
+    (tmp_path / "inner" / "sitecustomize.py").write_text("import sys; print('inner is on the path', file=sys.stderr)")
+    with tarfile.open(folder / "rivals.tar.xz", "w:xz") as archive:
+        for name in (package.name, "inner", "inner.pth"):
+            archive.add(tmp_path / name, name)
+    done = suite(bare_path, "second", "--dry-run", "--only", "quack", OUT=str(tmp_path / "out"), WHEELS=str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "quack-kernels 9.8.7" in done.stdout
+    assert "inner is on the path" in done.stderr
+
+
+def test_what_a_session_needs_fits_its_limits():
+    """The command of docs/gpu.md in 2,000 characters, the tree in 4 MiB beside 56 MiB of rivals."""
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    commands = re.findall(r"^    (.*tools/gpu_suite\.sh.*)$", page, re.MULTILINE)
+    assert len(commands) >= 2
+    assert all(len(command) < 2000 for command in commands)
+    for command in commands:
+        call = re.search(r"gpu_suite\.sh (\w+)", command)
+        assert call
+        assert call[1] in CALLS
+    if git := shutil.which("git"):
+        listed = subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout
+        assert sum((ROOT / name).stat().st_size for name in listed.split("\0") if (ROOT / name).is_file()) < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"),
+     ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090")],
+)  # fmt: skip
+def test_results_of_other_devices_are_other_files(monkeypatch, name, file):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert device_name(dry=False) == file
+    assert device_name(dry=True) == "dry-run"
+
+
+@pytest.mark.parametrize("case", checks.CASES)
+def test_correctness_passes_and_fails(monkeypatch, case):
+    device, true = torch.device("cpu"), checks.evaluate
+    assert checks.compare(device, torch.bfloat16, "torch", case, PLANS["retain"])["ok"]
 
     def wrong(p, dtype, backend, budget):
         got = true(p, dtype, backend, budget)
         return got if backend == "reference" else {name: value * 0 for name, value in got.items()}
 
     monkeypatch.setattr(checks, "evaluate", wrong)
-    monkeypatch.setattr(checks, "CASES", ("ragged",))
-    assert not any(row["ok"] for row in STAGES["correctness"].run(TINY) if row["case"] == "ragged")
+    assert not checks.compare(device, torch.bfloat16, "torch", case, PLANS["retain"])["ok"]
+
+
+def test_other_checks_pass():
+    device = torch.device("cpu")
+    assert all(checks.compare_topk(device, torch.float16, "torch", k)["ok"] for k in checks.TIES)
+    assert checks.compare_last_rows(device, torch.bfloat16, "torch", 0, (40, 600, 64))["ok"]
+    assert {lane.split()[0] for lane in checks.LANES} == {*GPU_BACKENDS, "torch"}
 
 
 @pytest.mark.parametrize("name", ["label", "grad_hidden"])
@@ -56,8 +301,7 @@ def test_a_nan_anywhere_is_an_error(monkeypatch, name):
         return got
 
     monkeypatch.setattr(checks, "evaluate", spoilt)
-    device = torch.device("cpu")
-    found = checks.compare(checks.problem("ragged", device), torch.float32, "torch", 0)
+    found = checks.compare(torch.device("cpu"), torch.float32, "torch", "ragged", 0)
     assert found["worst"] == name
     assert not found["ok"]
 
@@ -72,39 +316,59 @@ def test_what_cancels_reaches_the_selected_entries_alone():
     assert grad.abs().max() < 1e-12
 
 
-def test_a_backend_that_raises_costs_its_own_rows(monkeypatch):
-    """Also where all the others are still to come."""
-    true = checks.evaluate
-
-    def broken(p, dtype, backend, budget):
-        if backend == "cpu":
-            raise RuntimeError("no kernel image")
-        return true(p, dtype, backend, budget)
-
-    monkeypatch.setattr(checks, "evaluate", broken)
-    monkeypatch.setattr(checks, "CASES", ("ragged",))
-    rows = [row for row in STAGES["correctness"].run(TINY) if row["case"] == "ragged"]
-    assert {"error" in row for row in rows if row["backend"] == "cpu"} == {True}
-    assert all(row["ok"] for row in rows if row["backend"] == "torch")
-    stage = {"status": "complete", "rows": rows}
-    assert all("no kernel image" in line for line in runner.complaints({"stages": {"correctness": stage}}))
-
-
-def test_every_shape_is_compiled(monkeypatch):
-    """More shapes than PyTorch compiles one function for."""
-    counter = CompileCounter()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    for rows in range(2, 14):
-        hidden, labels = torch.randn(rows, 8), torch.randint(20, (rows,))
-        contenders.compiled_eager()(hidden, torch.randn(20, 8), labels, None)
-    assert counter.frame_count == 12
+@pytest.mark.parametrize("backend", ["triton", "triton_rows"])
+def test_the_pool_compiles_what_the_checks_launch(monkeypatch, backend):
+    """By hash: each launch of a real call, compiled and not run, was met by a job before."""
+    entry = BACKENDS[backend]
+    monkeypatch.setitem(BACKENDS, backend, entry._replace(obstacle=lambda *_: None))
+    monkeypatch.setattr(build.triton_tuning, "candidates", lambda *_, **__: [build.triton_tuning.SMALL])
+    with offline.compiling(90) as launched:
+        for plan in PLANS.values():
+            checks.evaluate(checks.problem("softcap", torch.device("cpu")), torch.bfloat16, backend, plan)
+    met: dict = {}
+    for job in build.jobs(90):
+        if (job.backend, job.dtype, job.softcap) == (backend, torch.bfloat16, True):
+            met |= build.compile_job(job, 90)
+    assert launched.keys() <= met.keys(), [launched[key][0] for key in launched.keys() - met.keys()]
+    assert len(launched) >= 5
+    names = {name.rpartition(".")[2] for name, _ in met.values()}
+    assert names <= set(sanitizer.TRITON_KERNELS)
 
 
-def test_profile_shows_three_kernels_of_each_backend():
-    text = profile(TINY)
-    for name in ("cpu, recompute", "cpu, retain", "torch, recompute", "torch, retain"):
-        (table,) = (part for part in text.split("dadpo-kernels ")[1:] if part.startswith(name))
-        assert len(re.findall(r"^.*\d%", table, re.MULTILINE)) == 3, table
+def test_jobs_cover_every_shape_and_configuration():
+    jobs = build.jobs(90)
+    assert {job.width for job in jobs} >= {shape.width for shape in SHAPES}
+    assert {job.top_k for job in jobs} >= set(TOP_K)
+    lists = [build.triton_tuning.candidates(kernel, 9, torch.bfloat16, 4096) for kernel in build.triton_tuning.CONFIGS]
+    assert {job.choice for job in jobs if job.backend == "triton"} == set(range(max(map(len, lists))))
+
+
+def test_a_job_that_fails_says_which(monkeypatch):
+    monkeypatch.setattr(build, "compile_job", lambda *_: 1 / 0)
+    met, _, error = build.attempted(90, build.jobs(90)[0])
+    assert met == 0
+    assert "Job(backend='triton'" in error
+    assert "ZeroDivisionError" in error
+
+
+def test_profiles_hold_the_hottest_kernels():
+    rows = [task.name | timing.attempt(task.run) for task in itertools.islice(steps.profiles(DRY, "all"), 2)]
+    for row in rows:
+        assert 3 <= len(row["kernels"]) <= steps.HOTTEST
+        times = [seconds for _, _, seconds in row["kernels"]]
+        assert times == sorted(times, reverse=True)
+        assert 0 < times[0] <= row["kernel_seconds"]
+        shown = tables.flat(row)
+        assert len(shown) == 1 + len(row["kernels"])
+        assert sum(part.get("share", 0) for part in shown) <= 1 + 1e-9
+
+
+def test_products_measure_what_they_say():
+    """In a dry run: the flops follow from the operands that were really multiplied."""
+    tokens, width, vocab = TINY
+    for task in kernels.products(DRY, SHAPES[0], 8192):
+        row = task.run()
+        assert row["flops"] * row["seconds"] == pytest.approx(2 * tokens * width * vocab), task.name
 
 
 TOOL = """#!/bin/sh
@@ -117,121 +381,127 @@ echo "========= ERROR SUMMARY: 0 errors"
 
 def test_sanitizers_are_asked_one_by_one(tmp_path, monkeypatch):
     """With a program in the place of NVIDIA's: what it is told, and what becomes of its findings."""
+
+    def rows():
+        tasks = [task for lane in sanitizer.LANES for task in sanitizer.sanitizers(DRY, lane)]
+        return [task.name | timing.attempt(task.run) for task in tasks]
+
     monkeypatch.setenv("PATH", "")
-    (row,) = sanitizer.sanitizers()
-    assert "not on the PATH" in row["skipped"]
+    assert all("not on the PATH" in row["skipped"] for row in rows())
     program, log = tmp_path / "compute-sanitizer", tmp_path / "log"
     program.write_text(TOOL.format(log=log))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    rows = list(sanitizer.sanitizers())
-    assert [(row["tool"], row["ok"]) for row in rows] == [
-        ("memcheck", True),
-        ("racecheck", False),
-        ("initcheck", True),
-    ]
-    assert [row["summary"] for row in rows][1] == "ERROR SUMMARY: 3 errors"
-    assert len(runner.complaints({"stages": {"sanitizers": {"status": "complete", "rows": rows}}})) == 1
+    found = rows()
+    assert [(row["backend"], row["tool"]) for row in found] == list(itertools.product(GPU_BACKENDS, sanitizer.TOOLS))
+    assert [row["ok"] for row in found] == [True, False, True] * 3
+    assert found[1]["summary"] == "ERROR SUMMARY: 3 errors"
     calls = log.read_text().splitlines()
-    assert all(call.endswith("-m benchmarks.gpu_suite.sanitizer") for call in calls)
-    assert ["kns=dadpo" in call for call in calls] == [True, True, False]
+    assert all(call.endswith("-m benchmarks.gpu_suite.sanitizer torch") for call in calls)
+    own = {"cuda": "--kernel-name kns=dadpo", "triton": "--kernel-name kne=logit_gradient"}
+    for row, call in zip(found, calls, strict=True):
+        assert (own[row["backend"].removesuffix("_rows")] in call) == (row["tool"] != "initcheck")
 
 
 def test_what_the_sanitizers_watch(monkeypatch):
-    """Every dtype and plan, rows for several blocks each and for one."""
+    """Two cases of every plan: rows for several blocks each and for one."""
     seen = []
     monkeypatch.setattr(sanitizer, "evaluate", lambda p, dtype, *_: seen.append((len(p["labels"]), dtype)))
     sanitizer.run_kernels(torch.device("cpu"), "torch")
-    assert len(seen) == 12
-    assert {rows for rows, _ in seen} == {5, 203}
+    assert seen == [(203, torch.bfloat16)] * 2 + [(5, torch.float32)] * 2
 
 
-CHILDREN = {
-    "complete": "print('{\"a\": 1}')",
-    "exit status 3": "print('noise'); print('{\"a\": 1}', flush=True); import sys; sys.exit(3)",
-    "out of time": "print('{\"a\": 1}', flush=True); import time; time.sleep(60)",
-}
+@pytest.mark.parametrize(
+    ("plan", "predicted"), [("cuda retain", 62.4), ("triton retain", 49.2), ("triton recompute", 60.2)]
+)
+def test_the_model_predicts_what_a_review_did(plan, predicted):
+    """From the same arithmetic, written independently (milliseconds, Llama-3-8B, 8,192 tokens, 128 x 128 blocks)."""
+    gpu = cost_model.GPUS["H100"]
+    assert cost_model.three_products(gpu, 8192, 4096, 128_256) * 1e3 == pytest.approx(33.4, abs=0.05)
+    time = cost_model.step(gpu, *plan.split(), 8192, 4096, 128_256, 64, (cost_model.SQUARE,))
+    assert time * 1e3 == pytest.approx(predicted, abs=0.05)
 
 
-@pytest.mark.parametrize(("status", "code"), CHILDREN.items())
-def test_children(status, code):
-    rows = []
-    assert runner.run_child([sys.executable, "-c", code], 3 if status == "out of time" else 60, rows.append) == status
-    assert rows == [{"a": 1}]
+def test_the_model_knows_more_work_from_less():
+    h100, h200 = cost_model.GPUS.values()
+    for backend, plan in itertools.product(GPU_BACKENDS, PLANS):
+        few, many, copies = (
+            cost_model.step(gpu, backend, plan, tokens, 896, 151_936, 0)
+            for gpu, tokens in ((h100, 4096), (h100, 8192), (h200, 8192))
+        )
+        assert few < many
+        assert copies <= many
+        assert many > cost_model.three_products(h100, 8192, 896, 151_936)
+    assert cost_model.gpu_named("NVIDIA H100 80GB HBM3") is h100
+    assert cost_model.gpu_named("NVIDIA H200") is h200
+    assert cost_model.gpu_named("NVIDIA A100-SXM4-80GB") is None
 
 
-def test_a_stage_is_killed_with_what_it_started():
-    """A compiler process that outlives its parent would keep the pipe open and the suite waiting."""
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    begin = time.monotonic()
-    assert runner.run_child([sys.executable, "-c", code], 2, print) == "out of time"
-    assert time.monotonic() - begin < 30
+def step(name, milliseconds, **changes):
+    row = {"shape": "Llama-3-8B", "top_k": 64, "masked": False, "name": name, "both_seconds": milliseconds / 1e3}
+    return row | {"peak_bytes_above_gradients": 302 * 2**20} | changes
 
 
-def test_complaints():
-    stages = {
-        "correctness": {"status": "complete", "rows": [{"case": "a", "ok": True}, {"case": "b", "ok": False}]},
-        "table": {
-            "status": "out of time",
-            "rows": [{"name": "Liger", "error": "no"}, {"name": "dadpo-kernels cuda, retain", "error": "no"}],
-        },
-        "sweep": {"status": "complete", "rows": [{"kernel": "gradient", "error": "no"}]},
-    }
-    found = runner.complaints({"stages": stages})
-    words = ("'b'", "after 2 rows", "cuda", "gradient")
-    assert [word for word, line in zip(words, found, strict=True) if word in line] == list(words)
+PRODUCTS = {"shape": "Llama-3-8B", "name": "the three products", "tokens": 8192, "width": 4096, "vocab": 128_256}
 
 
-def test_file_is_whole_after_every_row(tmp_path, monkeypatch):
-    path, seen = tmp_path / "gpu.json", []
-
-    def child(command, seconds, add):
-        add({"what": "copy", "bytes_per_second": 2e12})
-        seen.append(json.loads(path.read_text()))
-        return "complete"
-
-    monkeypatch.setattr(runner, "run_child", child)
-    runner.run_all({"ceilings": 5, "table": 0}, [], path, 10)
-    assert seen[0]["stages"]["ceilings"]["status"] == "running"
-    stored = json.loads(path.read_text())
-    assert stored["stages"]["ceilings"]["status"] == "complete"
-    assert stored["stages"]["table"] == {"status": "not started", "rows": []}
-    text = tables.report(stored)
-    assert "| copy | 2000 |" in text
-    assert "table (not started)" in text
-
-
-def test_times_over_the_products_alone():
-    timed = {"shape": "a", "top_k": 0, "masked": False, "both_seconds": 3.0}
-    rows = [{"shape": "a", "name": "the three products", "both_seconds": 2.0}, timed, timed | {"shape": "b"}]
-    floor = tables.floors({"stages": {"table": {"rows": rows}}})
-    assert [tables.over_floor(row, floor) for row in rows] == [{}, {"times the products": 1.5}, {}]
+def results_of(device="NVIDIA H100 80GB HBM3", **stages):
+    environment = {"device": device, "versions": {"torch": "2"}, "date": "today", "commit": "c", "dry_run": False}
+    made = {name: {"status": "complete", "seconds": 1.0, "limit": 2.0, "rows": rows} for name, rows in stages.items()}
+    return {"environment": environment, "stages": made}
 
 
 def test_goals():
-    products = {"shape": "a", "name": "the three products", "tokens": 1024, "width": 4096, "vocab": 2048}
-    step = {"shape": "a", "top_k": 0, "masked": False, "peak_bytes_above_gradients": 302 * 2**20}
-    stages = {
-        "table": [
-            products | {"both_seconds": 2.0},
-            step | {"name": "dadpo-kernels cuda, retain", "both_seconds": 2.2},
-            step | {"name": "dadpo-kernels cuda, recompute", "both_seconds": 3.2},
-            step | {"name": "Liger", "both_seconds": 9.0},
-            {"shape": "a", "name": "dadpo-kernels triton, retain", "top_k": 0, "masked": False, "error": "no"},
-        ],
-        "row_passes": [{"backend": "cuda", "pass": "topk", "of_copy": 0.8}],
-    }
-    results = {"stages": {name: {"status": "complete", "rows": rows} for name, rows in stages.items()}}
-    found = [(row["measured"], row["limit"], row["reached"]) for row in tables.goals(results)]
-    assert found == [(1.1, 1.15, True), (302, 304, True), (1.6, 1.55, False), (302, 300, False), (0.8, 0.85, False)]
+    rows = [
+        PRODUCTS | {"both_seconds": 0.036},
+        step("dadpo-kernels cuda, retain", 41),
+        step("dadpo-kernels cuda, recompute", 57, top_k=0),
+        step("Liger", 90),
+        {"shape": "Llama-3-8B", "name": "dadpo-kernels triton, retain", "top_k": 64, "masked": False, "error": "no"},
+    ]
+    results = results_of(table=rows, passes=[{"backend": "cuda", "pass": "topk", "of_copy": 0.8}])
+    room = 300 + 2 * 8192 * 128_256 / 2**20
+    found = [(round(row["measured"], 2), row["limit"], row["reached"]) for row in tables.goals(results)]
+    assert found == [
+        (41, 42, True), (1.14, 1.15, True), (302, room, True), (1.58, 1.45, False), (302, 300, False),
+        (0.8, 0.85, False),
+    ]  # fmt: skip
+
+
+def test_predictions_stand_beside_the_measurements():
+    rows = [PRODUCTS | {"both_seconds": 0.0334}, step("dadpo-kernels cuda, retain", 62), step("Liger", 90),
+            step("dadpo-kernels cuda, recompute", 90), step("dadpo-kernels triton, retain", 20)]  # fmt: skip
+    results = results_of(table=rows)
+    text = tables.report(results)
+    (line,) = (line for line in text.splitlines() if line.startswith("| Llama-3-8B") and "cuda, retain |" in line)
+    assert line.endswith("| 1.856 | 62.41 | 0.9934 |")
+    assert [miss.partition(":")[0] for miss in tables.misses(results)] == [
+        "Llama-3-8B, dadpo-kernels triton, retain, K = 64", "Llama-3-8B, dadpo-kernels cuda, recompute, K = 64",
+    ]  # fmt: skip
+    assert text.index("from the cost model") < text.index("### goals")
+    assert tables.misses(results_of("another GPU", table=rows)) == []
+
+
+def test_readme_says_what_is_missing_and_what_was_measured():
+    assert tables.readme([]).count("not measured yet") == 3
+    rows = [
+        PRODUCTS | {"both_seconds": 0.033},
+        step("dadpo-kernels cuda, retain", 62),
+        step("dadpo-kernels triton, retain", 45),
+        step("PyTorch eager", 120),
+        step("dadpo-kernels triton, retain", 1, masked=True),
+    ]
+    alone = [step("cce", 99, top_k=0), step("Liger", 66, top_k=0), step("TRL chunked", 0, top_k=0)]
+    del alone[2]["both_seconds"]
+    text = tables.readme([results_of(table=rows, rivals=alone), results_of(build=[])])
+    assert "| 33.0 | 45.0 (1.36, triton) | – | 120.0 (3.64, PyTorch eager) | – | 66.0 (2.00, Liger) |" in text
 
 
 def test_two_files_are_compared():
     def file(seconds: float, peak: int | None) -> dict:
         row = {"shape": "a", "top_k": 16, "masked": True, "name": "ours", "both_seconds": seconds}
         failed = {"shape": "a", "top_k": 16, "masked": False, "name": "ours", "error": "out of memory"}
-        rows = [row | {"peak_bytes_above_gradients": peak}, failed, {"shape": "a", "name": "products"}]
-        return {"stages": {"table": {"status": "complete", "rows": rows}}}
+        return results_of(table=[row | {"peak_bytes_above_gradients": peak}, failed, {"shape": "a", "name": "x"}])
 
     assert compare.gpu_lines(file(0.002, 2**21), file(0.003, 2**22)) == [
         "a K=16 half masked ours: 2.00 -> 3.00 ms (1.50x), peak 2 -> 4 MiB"
@@ -242,6 +512,13 @@ def test_two_files_are_compared():
 def test_units_and_plot(tmp_path):
     row = {"both_seconds": 0.5, "both_flops": 3e12, "peak_bytes_above_gradients": 2**21, "error": None}
     assert tables.readable(row) == {"both ms": 500.0, "both TFLOP/s": 3.0, "peak MiB above gradients": 2.0}
-    rows = list(STAGES["table"].run(TINY))
-    style.save(tables.draw({"stages": {"table": {"rows": rows}}}), tmp_path / "gpu.png")
+    rows = [PRODUCTS | {"both_seconds": 0.033}, step("dadpo-kernels cuda, retain", 62), step("Liger", 90)]
+    style.save(tables.draw(results_of(table=rows)), tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
+
+
+def test_rivals_of_both_calls_are_known():
+    for call, listed in RIVALS.items():
+        named = {task.name["name"] for task in steps.rivals(DRY, call)}
+        assert named == {"PyTorch eager", *listed}
+    assert dataclasses.replace(DRY, dry=False).repeats > 1

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import phases, run, scaling, style
 from benchmarks.cases import load_inputs, peaked_head, save_inputs, with_teacher
+from benchmarks.gpu_suite import tables as gpu_tables
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients
 from benchmarks.process import child
@@ -29,9 +30,7 @@ def test_the_committed_report_is_what_the_results_generate(committed):
     again = "stale: run `python -m benchmarks.report`"
     assert document.markdown(committed) == REPORT.read_text(), again
     readme = (ROOT / "README.md").read_text()
-    assert comparison.replace_between_markers(readme, comparison.tables(committed["cpu"]["comparison"])) == readme, (
-        again
-    )
+    assert document.readme(readme, committed) == readme, again
     plots = document.plots(committed)
     for plot in plots:
         assert style.stored_digest(RESULTS / plot.name) == style.digest(plot.data), again
@@ -181,14 +180,16 @@ def results(tmp_path_factory, sweeps):
 def test_one_command_rewrites_the_table_and_writes_report_and_plots(results, tmp_path, monkeypatch):
     (tmp_path / "cpu.json").write_text(json.dumps(results))
     readme, report = tmp_path / "README.md", tmp_path / "REPORT.md"
-    readme.write_text(f"above\n{comparison.BEGIN}\nold table\n{comparison.END}\nbelow\n")
+    markers = (comparison.BEGIN, comparison.END, gpu_tables.BEGIN, gpu_tables.END)
+    readme.write_text("above\n{}\nold table\n{}\nbelow\n{}\n{}\n".format(*markers))
     arguments = ["report", str(tmp_path / "cpu.json"), "--readme", str(readme), "--report", str(report)]
     monkeypatch.setattr("sys.argv", arguments)
     for _ in range(2):  # the second time over its own output
         command.main()
     text = readme.read_text()
     assert text.startswith(f"above\n{comparison.BEGIN}\n")
-    assert text.endswith(f"{comparison.END}\nbelow\n")
+    text, gpus = text.split(f"{comparison.END}\nbelow\n")
+    assert gpus == f"{gpu_tables.BEGIN}\n{gpu_tables.readme([])}\n{gpu_tables.END}\n"
     assert "old table" not in text
     line = next(line for line in text.splitlines() if "recompute" in line)
     ratio = next(r["ratio"] for r in results["comparison"]["smollm2/float32"]["rows"] if r["objective"] == "dpo+kl")

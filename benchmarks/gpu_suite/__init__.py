@@ -1,6 +1,7 @@
-"""What there is to know about the kernels on a GPU, in eight minutes: `python -m benchmarks.gpu_suite --out gpu.json`.
+"""What there is to know about the kernels on a GPU, in two calls of eight minutes: `tools/gpu_suite.sh first|second`.
 
-Stages run in processes of their own, in the order of `stages.STAGES`, so that a crash, a hang or a spoilt device ends
-one of them and not the suite. Every row is in the file as soon as it is measured.
-`python -m benchmarks.gpu_suite.tables gpu.json` prints it; `--profile` shows where the time of one call goes instead.
+Tasks measure one row each; stages hold tasks, a time limit and lanes, which are processes side by side (`stages.py`).
+A process that crashes, hangs or loses its device costs its row and the rest of that row's group, and the next process
+goes on (`runner.py`, `worker.py`). Every row is in the file as soon as it is measured. `--dry-run` goes through all of
+it on a CPU, by a clock that runs as the cost model expects the tasks to.
 """

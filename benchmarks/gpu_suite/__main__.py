@@ -1,4 +1,5 @@
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -6,32 +7,44 @@ import torch
 
 from . import __doc__ as description
 from .runner import complaints, run_all
-from .stages import FULL, STAGES, TINY, profile, run_stage
+from .stages import CALLS
 from .tables import report
+
+SECONDS = 480.0
+
+
+def device_name(dry: bool) -> str:
+    """For a file: `h100` of "NVIDIA H100 80GB HBM3"."""
+    if dry:
+        return "dry-run"
+    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+    match = re.match(r"[a-z]+\d+", name)
+    return match[0] if match else re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--seconds", type=float, default=450.0, help="for everything")
-    parser.add_argument("--dry-run", action="store_true", help="tiny problems, on the CPU if there is no GPU")
-    parser.add_argument("--only", choices=list(STAGES), action="append", help="stages to run; default: all")
-    parser.add_argument("--stage", choices=list(STAGES), help="run one here, a line of JSON for each row")
-    parser.add_argument("--profile", action="store_true", help="the three hottest kernels of each backend")
+    parser.add_argument("call", choices=list(CALLS), help="second: compute-sanitizer, and rivals with large wheels")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-results"), help="folder for the JSON file and its tables"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default: {SECONDS:.0f})")
+    parser.add_argument("--dry-run", action="store_true", help="tiny problems on the CPU, and a clock as planned")
+    parser.add_argument("--only", action="append", help="a stage to run; default: all of the call")
     args = parser.parse_args()
-    settings = TINY if args.dry_run else FULL
+    stages = CALLS[args.call]
+    if unknown := set(args.only or ()) - set(stages):
+        parser.error(f"--only {unknown.pop()}: the {args.call} call has {', '.join(stages)}")
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no CUDA device: the suite measures GPUs (--dry-run goes through its motions on a CPU)")
-    if args.profile:
-        print(profile(settings))
-    elif args.stage:
-        run_stage(args.stage, settings)
-    else:
-        options = ["--dry-run"] if args.dry_run else []
-        limits = {name: STAGES[name].seconds for name in args.only or STAGES}
-        results = run_all(limits, options, args.out, args.seconds)
-        print(report(results))
-        sys.exit("\n".join(complaints(results)) or None)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-{device_name(args.dry_run)}-{args.call}.json"
+    chosen = {name: stage for name, stage in stages.items() if not args.only or name in args.only}
+    results = run_all(chosen, ["--dry-run"] if args.dry_run else [], path, args.seconds, args.dry_run)
+    text = report(results)
+    path.with_suffix(".md").write_text(text)
+    print(text)  # ends with the goals
+    sys.exit(bool(complaints(results)))
 
 
 if __name__ == "__main__":

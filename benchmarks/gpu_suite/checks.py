@@ -4,55 +4,72 @@ The tests' policy: an error may be three times that of full float32 logits from 
 """
 
 import math
+import os
 from collections.abc import Iterator
+from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from dadpo_kernels import SelectedLogps, linear_selected_logps, linear_topk_logps
-from dadpo_kernels.backends import BACKENDS
 
-from .contenders import PLANS
-from .timing import attempt
+from .settings import PLANS, Settings
+from .task import Task
 
 CASES = ("ragged", "offset +60", "offset -60", "no gradient", "dlse = 0", "softcap")
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
-K = 17
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+ROWS, VOCAB, K = 203, 5003, 17
+MASKED = slice(1, None, 3)
+TIES = (3, 150)  # how many of the best
+MANY = (16_384, 151_936, 64)  # N, V, H with N V > 2^31
+LANES = tuple(
+    f"{backend} {dtype}"
+    for backend in ("cuda", "triton", "triton_rows", "torch")
+    for dtype in DTYPES
+    if dtype != "float16" or not backend.startswith("triton")
+)
 
 
-def correctness(device: torch.device, many: tuple[int, int, int]) -> Iterator[dict]:
-    for backend, entry in BACKENDS.items():
-        for dtype in DTYPES:
-            if entry.obstacle(device, dtype) is not None:
-                continue
-            kind = {"backend": backend, "dtype": str(dtype).removeprefix("torch.")}
-            for plan, budget in PLANS.items():
-                for case in CASES:
-                    row = kind | {"plan": plan, "case": case}
-                    yield row | attempt(lambda: compare(problem(case, device), dtype, backend, budget))  # noqa: B023
-            for k in (3, 150):
-                row = kind | {"case": f"ties in the top {k}"}
-                yield row | attempt(lambda: compare_topk(device, dtype, backend, k))  # noqa: B023
-        if entry.obstacle(device, torch.bfloat16) is None:
-            for plan, budget in PLANS.items():
-                row = {"backend": backend, "plan": plan, "dtype": "bfloat16", "case": "beyond 2^31 logits"}
-                yield row | attempt(lambda: compare_last_rows(device, many, backend, budget))  # noqa: B023
+def correctness(s: Settings, lane: str) -> Iterator[Task]:
+    """A lane is a backend and a dtype. The fixed configurations; the sweep holds all others against them."""
+    backend, dtype = lane.split()
+    kind = {"backend": backend, "dtype": dtype}
+
+    def on_device(check, *arguments) -> dict:
+        with mock.patch.dict(os.environ, DADPO_AUTOTUNE="0"):
+            return check(s.device, DTYPES[dtype], s.backend(backend, DTYPES[dtype]), *arguments)
+
+    for case in CASES:
+        for plan, budget in PLANS.items():
+            run = partial(on_device, compare, case, budget)
+            yield Task(lane, kind | {"plan": plan, "case": case}, run, 0.8)
+    for k in TIES:
+        yield Task(lane, kind | {"case": f"ties in the top {k}"}, partial(on_device, compare_topk, k), 0.8)
+    if dtype == "bfloat16":
+        for plan, budget in PLANS.items():
+            run = partial(on_device, compare_last_rows, budget, (40, 600, 64) if s.dry else MANY)
+            yield Task(lane, kind | {"plan": plan, "case": "beyond 2^31 logits"}, run, 3.0)
 
 
-def problem(case: str, device: torch.device, rows: int = 203) -> dict:
+def width_of(case: str) -> int:
+    return 123 if case == "ragged" else 128
+
+
+def problem(case: str, device: torch.device, rows: int = ROWS) -> dict:
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
 
-    vocab, width = 5003, 123 if case == "ragged" else 128
-    labels = torch.randint(vocab, (rows,), generator=generator, device=device)
-    ids = torch.randint(vocab, (rows, K), generator=generator, device=device)
+    width = width_of(case)
+    labels = torch.randint(VOCAB, (rows,), generator=generator, device=device)
+    ids = torch.randint(VOCAB, (rows, K), generator=generator, device=device)
     ids[::2, 0] = labels[::2]
-    labels[1::3] = -100
+    labels[MASKED] = -100
     offset = {"offset +60": 60.0, "offset -60": -60.0}.get(case, 0.0)
     return {
-        "tensors": {"hidden": randn(rows, width), "weight": randn(vocab, width) * 0.3, "bias": randn(vocab) + offset},
+        "tensors": {"hidden": randn(rows, width), "weight": randn(VOCAB, width) * 0.3, "bias": randn(VOCAB) + offset},
         "labels": labels,
         "topk_ids": ids,
         "softcap": 20.0 if case == "softcap" else None,
@@ -92,7 +109,9 @@ def poison(device: torch.device) -> None:
     _ = [torch.full((size,), torch.nan, device=device) for size in sizes]
 
 
-def compare(p: dict, dtype: torch.dtype, backend: str, budget: int | None) -> dict:
+def compare(device: torch.device, dtype: torch.dtype, backend: str, case: str, budget: int) -> dict:
+    """Values and gradients, twice."""
+    p = problem(case, device)
     rounded = p | {"tensors": {name: t.to(dtype) for name, t in p["tensors"].items()}}
     got, again = (evaluate(rounded, dtype, backend, budget) for _ in range(2))
     plain = evaluate(rounded, dtype, "reference", None)
@@ -130,12 +149,14 @@ def compare_topk(device: torch.device, dtype: torch.dtype, backend: str, k: int)
     return {"error_over_allowed": worst, "same_ids": same, "ok": same and worst <= 1}
 
 
-def compare_last_rows(device: torch.device, many: tuple[int, int, int], backend: str, budget: int) -> dict:
+def compare_last_rows(
+    device: torch.device, dtype: torch.dtype, backend: str, budget: int, many: tuple[int, int, int]
+) -> dict:
     """Offsets beyond 32 bits: the last rows of a large problem, alone, must come out the same."""
     rows, vocab, width = many
     generator = torch.Generator(device).manual_seed(2)
-    weight = torch.randn(vocab, width, generator=generator, device=device).mul_(0.3).to(torch.bfloat16)
-    hidden = torch.randn(rows, width, generator=generator, device=device).to(torch.bfloat16)
+    weight = torch.randn(vocab, width, generator=generator, device=device).mul_(0.3).to(dtype)
+    hidden = torch.randn(rows, width, generator=generator, device=device).to(dtype)
     labels = torch.randint(vocab, (rows,), generator=generator, device=device)
 
     def run(part: slice, name: str) -> tuple[Tensor, Tensor]:
@@ -148,6 +169,6 @@ def compare_last_rows(device: torch.device, many: tuple[int, int, int], backend:
     last = slice(rows - 8, rows)
     got, want = run(slice(0, rows), backend), run(last, "reference")
     errors = [(a[-8:] - b).abs().max().item() for a, b in zip(got, want, strict=True)]
-    allowed = [1e-3, 2 * torch.finfo(torch.bfloat16).eps * want[1].abs().max().item()]
+    allowed = [1e-3, 2 * torch.finfo(dtype).eps * want[1].abs().max().item()]
     shares = [e / a for e, a in zip(errors, allowed, strict=True)]
     return {"error_over_allowed": max(shares), "ok": all(share <= 1 for share in shares)}

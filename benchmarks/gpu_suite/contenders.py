@@ -6,30 +6,40 @@ know cross-entropy alone take part without top-k ids only, and get masked tokens
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from dadpo_kernels import linear_selected_logps
-from dadpo_kernels.backends import BACKENDS
 
 from ..cases import IGNORE_INDEX
-from ..variants import RETAIN_EVERYTHING, dense_logps, trl_logps
+from ..variants import dense_logps, trl_logps
+from .settings import PLANS, Settings
+from .timing import Unavailable
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-COMPILED = "torch.compile"
-PLANS = {"recompute": 0, "retain": RETAIN_EVERYTHING}
+EAGER = "PyTorch eager"
 
 
 def mean_of(label: Tensor, *topk_and_tail: Tensor) -> Tensor:
     return -label.mean() - sum(x.mean() for x in topk_and_tail)
 
 
-def ours(backend: str, budget: int) -> Loss:
+def ours(s: Settings, backend: str, plan: str) -> Loss:
+    """Of this package.
+
+    Raises:
+        Unavailable: the backend cannot run here.
+    """
+    options = {"backend": s.backend(backend), "memory_budget": PLANS[plan]}
+
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None) -> Tensor:
-        out = linear_selected_logps(hidden, weight, labels, topk_ids, backend=backend, memory_budget=budget)
+        out = linear_selected_logps(hidden, weight, labels, topk_ids, **options)
         return mean_of(*out) if topk_ids is not None else mean_of(out.label)
 
     return loss
+
+
+def our_name(backend: str, plan: str) -> str:
+    return f"dadpo-kernels {backend}, {plan}"
 
 
 def compacted(function: Callable[..., Tensor]) -> Loss:
@@ -44,12 +54,6 @@ def compacted(function: Callable[..., Tensor]) -> Loss:
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None) -> Tensor:
     return mean_of(*dense_logps(hidden, weight, labels, topk_ids))
-
-
-def compiled_eager() -> Loss:
-    """Compiled anew: of one function PyTorch keeps eight compilations, and runs it as it is for a ninth shape."""
-    torch.compiler.reset()
-    return compacted(torch.compile(eager, dynamic=False))
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None) -> Tensor:
@@ -71,21 +75,32 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None)
     return mean_of(trl_logps(hidden, weight, labels))
 
 
-def contenders(device: torch.device, dtype: torch.dtype, top_k: int) -> dict[str, Loss]:
-    """Ours in every backend that takes these tensors and in every plan, then the rivals."""
-    found: dict[str, Loss] = {}
-    for name, backend in BACKENDS.items():
-        if backend.obstacle(device, dtype) is None:
-            found |= {f"dadpo-kernels {name}, {plan}": ours(name, budget) for plan, budget in PLANS.items()}
-    found["PyTorch eager"] = compacted(eager)
-    if device.type != "cuda":  # the rest is Triton's, theirs or a compiler's
-        return found
-    found[COMPILED] = compiled_eager()
-    if not top_k:
-        found |= {
-            "TRL chunked": compacted(trl),
-            "Liger": compacted(liger),
-            "cce": cut_cross_entropy("cce"),
-            "cce_exact": cut_cross_entropy("cce_exact"),
-        }
-    return found
+def quack(hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE_INDEX)
+
+
+# By the call of the suite that has room for their wheels.
+RIVALS: dict[str, dict[str, Loss]] = {
+    "first": {
+        "Liger": compacted(liger),
+        "cce": cut_cross_entropy("cce"),
+        "cce_exact": cut_cross_entropy("cce_exact"),
+        "TRL chunked": compacted(trl),
+    },
+    "second": {"QuACK": quack},
+}
+
+
+def rival(s: Settings, call: str, name: str) -> Loss:
+    """One of `RIVALS`, or PyTorch with full logits.
+
+    Raises:
+        Unavailable: it runs on a GPU alone.
+    """
+    if name == EAGER:
+        return compacted(eager)
+    if s.dry:
+        raise Unavailable("it needs a GPU")
+    return RIVALS[call][name]

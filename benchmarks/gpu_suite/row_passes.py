@@ -4,7 +4,7 @@ Each is timed as a CUDA graph of several calls, so that Python's time between ke
 captured shows that it neither waits for the device nor leaves the current stream or PyTorch's allocator.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -15,29 +15,32 @@ from dadpo_kernels.backends import BACKENDS
 from dadpo_kernels.backends.row_tiles import RowTiles
 from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Head, Kept, State
 
-from .timing import attempt, copy_bandwidth, seconds
+from .timing import seconds
 
 CALLS = 10  # in a graph
+PASSES = ("statistics", "statistics, retaining", "logit_gradient", "column_sums", "topk")
 Pass = Callable[[], tuple[Tensor, ...]]  # gives what it computes
 
 
-def row_passes(
-    hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor, copied: int, repeats: int
-) -> Iterator[dict]:
-    """Every pass of every backend that has them, over the first tile of a head."""
+def row_pass(
+    backend: str,
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    topk_ids: Tensor,
+    copy: float,
+    repeats: int,
+) -> dict:
+    """One of `PASSES` over the first tile of a head; `copy` is the device's bandwidth, in bytes per second."""
     rows, width = hidden.shape
-    copy = copy_bandwidth(hidden.device, copied, repeats)
-    for name in ("cuda", "triton_rows"):
-        backend = BACKENDS[name]
-        if backend.obstacle(hidden.device, hidden.dtype):
-            continue
-        columns = min(len(weight), backend.tiles.tile_columns(rows, width, hidden.dtype))
-        tiles = backend.tiles(hidden, Head(weight, None, 1.0, None, 1.0), Entries.merge(labels, topk_ids))
-        assert isinstance(tiles, RowTiles)
-        with mock.patch.object(tiles, "products", return_value=tiles.products(0, columns)):
-            for kind, (fresh, moved) in passes(tiles, columns, topk_ids.shape[1]).items():
-                row = {"backend": name, "pass": kind, "columns": columns}
-                yield row | attempt(lambda: measured(hidden.device, fresh, moved, repeats, copy))  # noqa: B023
+    kind = BACKENDS[backend].tiles
+    columns = min(len(weight), kind.tile_columns(rows, width, hidden.dtype))
+    tiles = kind(hidden, Head(weight, None, 1.0, None, 1.0), Entries.merge(labels, topk_ids))
+    assert isinstance(tiles, RowTiles)
+    with mock.patch.object(tiles, "products", return_value=tiles.products(0, columns)):
+        fresh, moved = passes(tiles, columns, topk_ids.shape[1])[name]
+        return {"columns": columns} | measured(hidden.device, fresh, moved, repeats, copy)
 
 
 def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[], Pass], int]]:
@@ -82,13 +85,14 @@ def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[]
 
         return run
 
-    return {
-        "statistics": (statistics, wide),
-        "statistics, retaining": (lambda: statistics(retain=True), wide + narrow),
-        "logit_gradient": (lambda: lambda: (tiles.logit_gradient(0, columns, coefficients),), wide + narrow),
-        "column_sums": (column_sums, narrow),
-        "topk": (topk, wide),
-    }
+    made = (
+        (statistics, wide),
+        (lambda: statistics(retain=True), wide + narrow),
+        (lambda: lambda: (tiles.logit_gradient(0, columns, coefficients),), wide + narrow),
+        (column_sums, narrow),
+        (topk, wide),
+    )
+    return dict(zip(PASSES, made, strict=True))
 
 
 def measured(device: torch.device, fresh: Callable[[], Pass], moved: int, repeats: int, copy: float) -> dict:

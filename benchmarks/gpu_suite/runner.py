@@ -1,8 +1,9 @@
 """Stages in processes of their own, each with a time limit, and one JSON file that is complete at every moment.
 
-    {"environment": {...}, "stages": {name: {"status": STATUS, "rows": [{...}, ...]}}}
+    {"environment": {...}, "stages": {name: {"status": STATUS, "seconds": ..., "limit": ..., "rows": [{...}, ...]}}}
 
-STATUS: `complete`, `running`, `out of time`, `not started`, or `exit status N`.
+STATUS: `complete` (after how many deaths, if any), `running`, `out of time`, `not started`, or why it did not start.
+A process that dies or hangs costs the row that it was at and what is left of that row's group.
 """
 
 import datetime
@@ -10,32 +11,45 @@ import importlib.metadata
 import json
 import os
 import platform
+import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..process import commit
+from .task import Stage
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl")
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
+START = 6.0  # seconds until a process has imported PyTorch
+CLOSED = "closed its output"
+PATIENCE = {  # real seconds beyond four times what a task should take, after which a process hangs
+    False: 20.0,
+    True: 600.0,  # of a dry run, on whatever CPU
+}
 
 
-def environment() -> dict:
+def environment(dry: bool) -> dict:
     def version(name: str) -> str | None:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    gpu = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_properties() if torch.cuda.is_available() and not dry else None
     return {
-        "device": gpu.name if gpu else f"CPU, {platform.machine()}",
+        "dry_run": dry,
+        "device": gpu.name if gpu else f"dry run on a CPU, {platform.machine()}",
         "multiprocessors": gpu.multi_processor_count if gpu else None,
         "memory_bytes": gpu.total_memory if gpu else None,
         "cuda": torch.version.cuda,
@@ -46,64 +60,160 @@ def environment() -> dict:
     }
 
 
-def run_all(limits: dict[str, float], options: Sequence[str], path: Path, seconds: float) -> dict:
+class Clock:
+    """Seconds since it was made. A planned one runs by what tasks are expected to take instead."""
+
+    def __init__(self, planned: bool) -> None:
+        self.planned, self.start, self.planned_seconds = planned, time.monotonic(), 0.0
+
+    def now(self) -> float:
+        return self.planned_seconds if self.planned else time.monotonic() - self.start
+
+    def plan(self, seconds: float) -> None:
+        self.planned_seconds += seconds
+
+
+def run_all(stages: dict[str, Stage], options: Sequence[str], path: Path, seconds: float, dry: bool) -> dict:
     """Runs stages one after the other: each at most its limit, and all together at most `seconds`."""
-    results: dict = {"environment": environment(), "stages": {}}
-    for name in limits:
-        results["stages"][name] = {"status": "not started", "rows": []}
-    end = time.monotonic() + seconds
-    for name, limit in limits.items():
-        left = min(limit, end - time.monotonic())
-        if left <= 0:
+    results: dict = {"environment": environment(dry), "stages": {}}
+    for name, stage in stages.items():
+        results["stages"][name] = {"status": "not started", "seconds": 0.0, "limit": stage.seconds, "rows": []}
+    suite, lock = Clock(dry), threading.Lock()
+    for name, stage in stages.items():
+        limit = min(stage.seconds, seconds - suite.now())
+        if limit <= 0:
             continue
-        stage = results["stages"][name]
-        stage["status"] = "running"
-        command = [sys.executable, "-m", "benchmarks.gpu_suite", "--stage", name, *options]
+        found = results["stages"][name]
 
-        def add(row: dict, stage: dict = stage) -> None:
-            stage["rows"].append(row)
-            write(path, results)
+        def add(row: dict, found: dict = found) -> None:
+            with lock:
+                found["rows"].append(row)
+                write(path, results)
 
-        stage["status"] = run_child(command, left, add)
+        together = Clock(dry)
+
+        def run_in(lane: str, name: str = name, limit: float = limit, add=add, together=together) -> tuple[str, float]:
+            clock = Clock(dry) if dry else together
+            command = [sys.executable, "-m", "benchmarks.gpu_suite.worker", name, "--lane", lane, *options]
+            return run_lane(command, limit, clock, add), clock.now()
+
+        found["status"] = "running"
+        with ThreadPoolExecutor(min(len(stage.lanes), os.cpu_count() or 1)) as pool:
+            lanes = list(pool.map(run_in, stage.lanes))
+        found["status"] = "; ".join(dict.fromkeys(status for status, _ in lanes))
+        found["seconds"] = max(taken for _, taken in lanes)
+        suite.plan(found["seconds"])
         write(path, results)
-        print(f"{name}: {stage['status']}, {len(stage['rows'])} rows", file=sys.stderr)
+        print(
+            f"{name}: {found['status']}, {len(found['rows'])} rows in {found['seconds']:.0f} of {stage.seconds:.0f} s",
+            file=sys.stderr,
+        )
     return results
 
 
+class End(NamedTuple):
+    """How a process ended."""
+
+    reason: str
+    final: bool  # nothing is left to do, or no time to do it
+    task: dict | None = None  # what it was at when it died
+
+
+def run_lane(command: Sequence[str], limit: float, clock: Clock, add: Callable[[dict], None]) -> str:
+    """Runs the command, again behind every task that ended a process before its time. Returns the status."""
+    first, without, deaths = 0, [], 0
+    while True:
+        options = ["--first", str(first), *(word for group in without for word in ("--without", group))]
+        end = run_worker([*command, *options], limit, clock, add)
+        if end.task is None:
+            return end.reason + (f", processes that died: {deaths}" if deaths else "")
+        add(end.task["name"] | {"error": end.reason})
+        first, deaths = end.task["begin"] + 1, deaths + 1
+        without.append(end.task["group"])
+
+
+def run_worker(command: Sequence[str], limit: float, clock: Clock, add: Callable[[dict], None]) -> End:
+    """Passes the rows of a process to `add`. Kills it after `limit`, or where one task takes far too long.
+
+    It is killed with the processes that it started: compilers that live on would hold its output open.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, process_group=0)
+        lines: queue.Queue = queue.Queue()
+        threading.Thread(target=pass_lines, args=(process.stdout, lines), daemon=True).start()
+        end = follow(lines, limit, clock, add)
+        with suppress(ProcessLookupError):
+            if end.reason != CLOSED:
+                os.killpg(process.pid, signal.SIGKILL)
+        code = process.wait()
+        log.seek(0)
+        said = log.read()
+    sys.stderr.write(said)
+    if end.reason != CLOSED:
+        return end
+    if code == 0:
+        return End("complete", True)
+    return End(f"exit status {code}: {said.strip()[-500:]}", False, end.task)
+
+
+def pass_lines(output: Iterable[str], lines: queue.Queue) -> None:
+    for line in output:
+        lines.put(line)
+    lines.put(None)
+
+
+def follow(lines: queue.Queue, limit: float, clock: Clock, add: Callable[[dict], None]) -> End:
+    """Reads what a worker says until it closes its output, is out of time, hangs, or has lost its device."""
+    task: dict | None = None
+    patience = 3 * PATIENCE[clock.planned]  # to import PyTorch
+    while True:
+        left = patience if clock.planned else min(patience, limit - clock.now())
+        try:
+            line = lines.get(timeout=max(left, 0))
+        except queue.Empty:
+            at = f" at {task['name']}" if task else ""
+            if left < patience:
+                return End(f"out of time{at}", True)
+            return End(f"hung for {patience:.0f} s", False, task)
+        if line is None:
+            return End(CLOSED, False, task)
+        message = parse(line)
+        if "ready" in message:
+            clock.plan(START)
+        elif "begin" in message:
+            task = message
+        elif "row" in message:
+            add(message["row"])
+            clock.plan(task["expected"] if task else 0)
+            task = None
+        elif "lost" in message:
+            return End(message["lost"], False, task)
+        patience = PATIENCE[clock.planned] + 4 * (task["expected"] if task else 0)
+        if clock.now() > limit:
+            return End("out of time", True)
+
+
+def parse(line: str) -> dict:
+    """A worker's message; nothing, if its process was killed in the middle of the line."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
 def complaints(results: dict) -> list[str]:
-    """What is wrong with us: a stage that did not end by itself, a check that failed, a call that raised."""
+    """What is wrong with us: a stage that did not end by itself, a check that failed, a call that did not run."""
     found = []
     for name, stage in results["stages"].items():
         if stage["status"] != "complete":
             found.append(f"{name}: {stage['status']} after {len(stage['rows'])} rows")
         for row in stage["rows"]:
-            rival = name in ("table", "compiled", "end_to_end") and not row["name"].startswith("dadpo-kernels")
-            if not row.get("ok", True) or ("error" in row and not rival):
+            rival = "name" in row and not row["name"].startswith("dadpo-kernels")
+            missing = "error" in row or ("skipped" in row and not results["environment"]["dry_run"])
+            if not row.get("ok", True) or (missing and not rival):
                 found.append(f"{name}: {row}")
     return found
-
-
-def run_child(command: Sequence[str], seconds: float, add: Callable[[dict], None]) -> str:
-    """Passes every line of JSON that the command prints to `add`; kills it after `seconds`. Returns the status.
-
-    It is killed with the processes that it started: compilers that live on would hold its output open.
-    """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, process_group=0)
-    late = threading.Event()
-
-    def kill() -> None:
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(seconds, kill)
-    timer.start()
-    assert process.stdout is not None  # asked for above
-    for line in process.stdout:
-        if line.startswith("{") and line.endswith("}\n"):  # libraries print too, and a killed process half a line
-            add(json.loads(line))
-    code = process.wait()
-    timer.cancel()
-    return "out of time" if late.is_set() else "complete" if code == 0 else f"exit status {code}"
 
 
 def write(path: Path, results: dict) -> None:

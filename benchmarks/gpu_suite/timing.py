@@ -52,10 +52,31 @@ def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     return 2 * size / seconds(device, lambda: target.copy_(source), repeats)
 
 
+class Unavailable(Exception):
+    """What was to be measured is not here: no failure of it."""
+
+
+class DeviceLost(Exception):
+    """The device refuses everything for as long as this process lives, as after an illegal access."""
+
+
 def attempt(run: Callable[[], dict]) -> dict:
-    """What `run` returns, or the reason why it did not: a rival that fails costs its own row only."""
+    """What `run` returns, or the reason why it did not.
+
+    Raises:
+        DeviceLost: and nothing after it would either.
+    """
     try:
         return run()
+    except (Unavailable, ModuleNotFoundError) as error:
+        return {"skipped": str(error)}
     except Exception as error:
-        torch.cuda.empty_cache()
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        reason = f"{type(error).__name__}: {error}"[:300]
+    # Behind the handler: what the failed call held is free now.
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception:
+            raise DeviceLost(reason) from None
+    return {"error": reason}

@@ -1,7 +1,7 @@
-"""README's table, `benchmarks/REPORT.md` and their plots, from what was measured: `python -m benchmarks.report`.
+"""README's tables, `benchmarks/REPORT.md` and their plots, from what was measured: `python -m benchmarks.report`.
 
-Every JSON file beside the given one takes part. README's two markers must be there already; what stands between them
-is rewritten. The plots go beside the results, and each carries a digest of what it was drawn from.
+Every JSON file beside the given one takes part. README's markers must be there already; what stands between them is
+rewritten. The plots go beside the results, and each carries a digest of what it was drawn from.
 """
 
 import argparse
@@ -21,8 +21,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=Path("benchmarks/REPORT.md"), help="file to write")
     args = parser.parse_args()
     results = document.read_results(args.results.parent)
-    measured = results[args.results.stem].get("comparison", {})
-    readme = comparison.replace_between_markers(args.readme.read_text(), comparison.tables(measured))
+    readme = document.readme(args.readme.read_text(), results, args.results.stem)
     report = document.markdown(results)
     for plot in document.plots(results):
         style.save(plot.draw(plot.data), args.results.parent / plot.name, plot.source, style.digest(plot.data))

@@ -12,7 +12,8 @@ from .parts import Plot, source
 
 RESTORE = "python -m benchmarks.restore --results benchmarks/results/restore.json"
 STATIC = "python -m benchmarks.static_report"
-GPU = "python -m benchmarks.gpu_suite --out benchmarks/results/gpu.json"
+GPU = "tools/gpu_suite.sh first"
+GPU_STAGES = ("profiles", "table", "passes", "rivals", "sanitizers", "quack")  # the others are in the files
 
 
 def restore_plots(results: dict) -> list[Plot]:
@@ -31,14 +32,18 @@ def static(results: dict) -> str:
 
 
 def gpu_plots(results: dict) -> list[Plot]:
-    e = results["environment"]
-    measured = f"{e['device']}; torch {e['versions']['torch']}; {e['date']}, commit {e['commit']}; {GPU}"
-    return [Plot("gpu.png", "Forward and backward of everyone", results, measured, gpu_tables.draw)]
+    plots = []
+    for name, file in results.items():
+        e = file["environment"]
+        measured = f"{e['device']}; torch {e['versions']['torch']}; {e['date']}, commit {e['commit']}; {GPU}"
+        if "table" in file["stages"]:
+            plots.append(Plot(f"{name}.png", f"Everyone on {e['device']}", file, measured, gpu_tables.draw))
+    return plots
 
 
 def gpu(results: dict) -> str:
-    parts = [gpu_tables.report(results).strip(), *(plot.markdown for plot in gpu_plots(results)), f"Command: `{GPU}`."]
-    return "\n\n".join(parts)
+    parts = [gpu_tables.report(file, GPU_STAGES).strip() for file in results.values()]
+    return "\n\n".join([*parts, *(plot.markdown for plot in gpu_plots(results)), f"Command: `{GPU}`, then `second`."])
 
 
 class Part(NamedTuple):
@@ -88,9 +93,19 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readme(text: str, results: dict[str, Any], cpu: str = "cpu") -> str:
+    """README with the tables of today's results between its markers."""
+    text = comparison.replace_between_markers(text, comparison.tables(results[cpu].get("comparison", {})))
+    gpus = gpu_tables.readme(list(results.get("gpu", {}).values()))
+    return comparison.replace_between_markers(text, gpus, gpu_tables.BEGIN, gpu_tables.END)
+
+
 def plots(results: dict[str, Any]) -> list[Plot]:
     return [plot for part in PARTS if (found := part.find(results)) for plot in part.plots(found)]
 
 
 def read_results(directory: Path) -> dict[str, Any]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    """By the files' names; those of GPUs, a file for each device and call, together under "gpu"."""
+    results: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    gpus = {name: results.pop(name) for name in list(results) if name.startswith("gpu-")}
+    return results | ({"gpu": gpus} if gpus else {})

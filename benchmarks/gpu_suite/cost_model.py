@@ -1,0 +1,156 @@
+"""What a step should take on a GPU, from tile sizes and traffic: predictions to hold the measurements against.
+
+    matrix product   flops over the rate that whole waves of cuBLAS' blocks leave, or bytes over the copy's bandwidth
+    row pass         instructions a row over the issue rate, or bytes over 0.85 of the copy's bandwidth
+    fused kernel     k loop at the rate that L2 feeds, then the epilogue, which one block a multiprocessor cannot hide
+
+The constants are readings of an H100 where one is named as such, else counts of instructions in the machine code or
+published figures. A measured step that is more than `MISS` away says that one of them is wrong: find out which.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+
+from dadpo_kernels.backends.cuda import CudaTiles
+from dadpo_kernels.backends.row_tiles import STRIP, RowTiles
+from dadpo_kernels.backends.triton_ import FusedTiles, TritonTiles
+
+MISS = 0.2  # a prediction further away than this share of the measurement is to be understood
+MULTIPROCESSORS = 132
+SHARE_OF_COPY = 0.85  # of the copy's bandwidth, what a pass over memory reaches
+ISSUE = 0.8  # of the issue slots, what arithmetic in registers fills
+KERNEL = 4e-6  # seconds from one small kernel to the next
+GLUE = {True: 0.9e-3, False: 0.3e-3}  # sort of the ids, coefficients, compaction; with top-k ids or without
+
+
+class GPU(NamedTuple):
+    flops: float  # of a large bfloat16 product (8192 cubed: 798 TFLOP/s on an H100, 788 on an H200)
+    copy: float  # bytes read and written per second by a large copy (measured)
+    clock: float = 1.7e9  # under the load of matrix products
+    l2: float = 8.7e12  # bytes per second that the multiprocessors read from L2
+
+
+GPUS = {"H100": GPU(790e12, 3.0e12), "H200": GPU(790e12, 4.3e12)}
+
+
+class Fused(NamedTuple):
+    """A block of the fused kernels, as Triton 3.6 compiles it."""
+
+    rows: int
+    columns: int
+    rate: float  # of the product's flops, in the k loop
+    epilogue: dict[str, int]  # cycles
+    blocks: dict[str, int]  # on a multiprocessor at a time
+
+
+SQUARE = Fused(128, 128, 0.93, {"statistics": 6500, "retain": 6500, "gradient": 5000},
+               {"statistics": 1, "retain": 1, "gradient": 2})  # fmt: skip
+TALL = Fused(256, 128, 0.88, {"statistics": 8600, "retain": 8600, "gradient": 8600},
+             {"statistics": 1, "retain": 1, "gradient": 1})  # fmt: skip
+
+
+def gpu_named(device: str) -> GPU | None:
+    """The GPU of a device's name, as PyTorch has it."""
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name}\b", device)), None)
+
+
+def waves(rows: int, columns: int) -> float:
+    """The share of the multiprocessors' time that the blocks of a product fill, with the best of cuBLAS' blocks."""
+    best = 0.0
+    for height, width, efficiency in (
+        (128, 256, 1.0), (256, 128, 1.0), (128, 192, 0.97), (192, 128, 0.97), (128, 128, 0.92), (64, 256, 0.88),
+    ):  # fmt: skip
+        blocks = math.ceil(rows / height) * math.ceil(columns / width)
+        held = math.ceil(blocks / MULTIPROCESSORS) * MULTIPROCESSORS * height * width
+        best = max(best, efficiency * rows * columns / held)
+    return min(1.0, best)
+
+
+def product(gpu: GPU, rows: int, columns: int, inner: int, out_bytes: float, accumulate: bool = False) -> float:
+    """Seconds of `[rows, inner] @ [inner, columns]` in bfloat16, the result in `out_bytes` an element."""
+    fill = 16 * inner / (16 * inner + 1500)  # of a block's cycles, those of its k loop
+    compute = 2 * rows * columns * inner / (gpu.flops * waves(rows, columns) * fill / 0.985)
+    moved = rows * columns * out_bytes * (2 if accumulate else 1) + 2 * (rows + columns) * inner
+    memory = moved / gpu.copy
+    return max(compute, memory) + 0.15 * min(compute, memory)  # partly hidden
+
+
+def three_products(gpu: GPU, tokens: int, width: int, vocab: int) -> float:
+    """Seconds of the floor: logits, and the gradients of hidden states and weight, all in bfloat16."""
+    return (
+        product(gpu, tokens, vocab, width, 2)
+        + product(gpu, tokens, width, vocab, 2)
+        + product(gpu, vocab, width, tokens, 2)
+    )
+
+
+def row_pass(gpu: GPU, tiles: type[RowTiles], rows: int, columns: int, gradient: bool, moved: int) -> float:
+    """Seconds of one pass over a tile in memory, `moved` bytes an element."""
+    if tiles is CudaTiles:  # 16 warps a row, whatever its length
+        issued = math.ceil(rows / MULTIPROCESSORS) * 16 * (780 if gradient else 860) / 4
+    else:  # 26 instructions an element, on a row padded to a power of two, 128 lanes a cycle
+        issued = rows / MULTIPROCESSORS * (1 << (columns - 1).bit_length()) * 26 / 128
+    return max(issued / ISSUE / gpu.clock, rows * columns * moved / (SHARE_OF_COPY * gpu.copy)) + 3e-6
+
+
+def weight_gradient(gpu: GPU, tokens: int, width: int, columns: int) -> float:
+    """A tile's rows of the weight's gradient: float32 strips that stay in L2, each rounded by a copy out of it."""
+    height = max(256, STRIP // (4 * width) // 256 * 256)
+    strips = [min(height, columns - first) for first in range(0, columns, height)]
+    return sum(product(gpu, n, width, tokens, 1.2) + n * width * 6 / 6e12 + KERNEL for n in strips)
+
+
+def hidden_gradient(gpu: GPU, tokens: int, width: int, columns: int, retained: bool) -> float:
+    """A tile's share of hidden's gradient; retained tiles scale the product and hidden: 24 bytes an element."""
+    if not retained:
+        return product(gpu, tokens, width, columns, 4, accumulate=True)
+    scaled = tokens * width * 24 / (SHARE_OF_COPY * gpu.copy)
+    return product(gpu, tokens, width, columns, 4) + scaled + 21e-6
+
+
+def fused_pass(gpu: GPU, tile: Fused, tokens: int, width: int, vocab: int, kernel: str) -> float:
+    """Seconds of a fused kernel ("statistics", "retain" or "gradient") over the whole vocabulary."""
+    fed = gpu.l2 * tile.rows * tile.columns / (tile.rows + tile.columns)  # flops, at 2 bytes an operand
+    rate = min(gpu.flops * tile.rate, fed) / MULTIPROCESSORS
+    loop = 2 * tile.rows * tile.columns * width / rate + 1200 / gpu.clock
+    epilogue = tile.epilogue[kernel] / gpu.clock
+    block = loop + epilogue if tile.blocks[kernel] == 1 else max(loop, epilogue) + 0.25 * min(loop, epilogue)
+    return math.ceil(tokens / tile.rows) * math.ceil(vocab / tile.columns) / MULTIPROCESSORS * block * 1.03
+
+
+def step(
+    gpu: GPU, backend: str, plan: str, tokens: int, width: int, vocab: int, top_k: int, tiles: tuple[Fused, ...]
+    = (SQUARE, TALL),
+) -> float:  # fmt: skip
+    """Seconds of forward with backward of `linear_selected_logps` in bfloat16, everything valid.
+
+    Args:
+        backend: "cuda", "triton_rows" or "triton".
+        plan: "retain" or "recompute".
+        tiles: blocks that the fused kernels have to choose from.
+    """
+    retain, bfloat16 = plan == "retain", torch.bfloat16
+    if backend == "triton":
+        columns = FusedTiles.tile_columns(tokens, width, bfloat16)
+
+        def fused(kernel: str) -> float:
+            return min(fused_pass(gpu, tile, tokens, width, vocab, kernel) for tile in tiles)
+
+        products = fused("retain") if retain else fused("statistics") + fused("gradient")
+        # Twice the entries' ranges by five small kernels a tile; the repair's blocks, which find nothing to do.
+        products += vocab / columns * (2 * 5 * KERNEL + (30e-6 if retain else 0))
+    else:
+        kind = {"cuda": CudaTiles, "triton_rows": TritonTiles}[backend]
+        columns = min(16384 if kind is CudaTiles else 8192, RowTiles.tile_columns(tokens, width, bfloat16))
+        tile = product(gpu, tokens, columns, width, 4)
+        if retain:
+            a_tile = tile + row_pass(gpu, kind, tokens, columns, False, 6)
+        else:
+            a_tile = 2 * tile + row_pass(gpu, kind, tokens, columns, False, 4)
+            a_tile += row_pass(gpu, kind, tokens, columns, True, 6)
+        products = vocab / columns * a_tile
+    gradients = weight_gradient(gpu, tokens, width, columns) + hidden_gradient(gpu, tokens, width, columns, retain)
+    return products + vocab / columns * gradients + GLUE[bool(top_k)]
