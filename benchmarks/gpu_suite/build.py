@@ -48,6 +48,7 @@ def extension(s: Settings) -> dict:
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=os.environ | only, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    sys.stderr.write(done.stdout)
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: ... {done.stdout[-250:]}")
     return {"seconds": time.monotonic() - start}

@@ -34,7 +34,7 @@ PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "quac
 START = 6.0  # seconds until a process has imported PyTorch
 CLOSED = "closed its output"
 PATIENCE = {  # real seconds beyond four times what a task should take, after which a process hangs
-    False: 20.0,
+    False: 30.0,
     True: 600.0,  # of a dry run, on whatever CPU
 }
 
@@ -115,8 +115,7 @@ class End(NamedTuple):
     """How a process ended."""
 
     reason: str
-    final: bool  # nothing is left to do, or no time to do it
-    task: dict | None = None  # what it was at when it died
+    task: dict | None = None  # what it was at, if it died or hung: the next process goes on behind it
 
 
 def run_lane(command: Sequence[str], limit: float, clock: Clock, add: Callable[[dict], None]) -> str:
@@ -152,8 +151,8 @@ def run_worker(command: Sequence[str], limit: float, clock: Clock, add: Callable
     if end.reason != CLOSED:
         return end
     if code == 0:
-        return End("complete", True)
-    return End(f"exit status {code}: {said.strip()[-500:]}", False, end.task)
+        return End("complete")
+    return End(f"exit status {code}: {said.strip()[-500:]}", end.task)
 
 
 def pass_lines(output: Iterable[str], lines: queue.Queue) -> None:
@@ -173,10 +172,10 @@ def follow(lines: queue.Queue, limit: float, clock: Clock, add: Callable[[dict],
         except queue.Empty:
             at = f" at {task['name']}" if task else ""
             if left < patience:
-                return End(f"out of time{at}", True)
-            return End(f"hung for {patience:.0f} s", False, task)
+                return End(f"out of time{at}")
+            return End(f"hung for {patience:.0f} s", task)
         if line is None:
-            return End(CLOSED, False, task)
+            return End(CLOSED, task)
         message = parse(line)
         if "ready" in message:
             clock.plan(START)
@@ -187,10 +186,10 @@ def follow(lines: queue.Queue, limit: float, clock: Clock, add: Callable[[dict],
             clock.plan(task["expected"] if task else 0)
             task = None
         elif "lost" in message:
-            return End(message["lost"], False, task)
+            return End(message["lost"], task)
         patience = PATIENCE[clock.planned] + 4 * (task["expected"] if task else 0)
         if clock.now() > limit:
-            return End("out of time", True)
+            return End("out of time")
 
 
 def parse(line: str) -> dict:

@@ -16,7 +16,7 @@ FIRST = {
     "profiles": Stage(profiles, 30),
     "table": Stage(table, 120),
     "passes": Stage(row_passes_and_sweep, 45),
-    "rivals": Stage(rivals_and_losses, 100),
+    "rivals": Stage(rivals_and_losses, 120),
 }
 SECOND = {"build": BUILD, "sanitizers": Stage(sanitizers, 240, SANITIZED), "quack": Stage(second_rivals, 120)}
 CALLS = {"first": FIRST, "second": SECOND}
