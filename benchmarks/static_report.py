@@ -1,22 +1,31 @@
 """What the GPU kernels become on three generations of GPUs, without one: `python -m benchmarks.static_report`.
 
-The Triton backends run on small CPU tensors while their launches compile and do nothing else (`offline.py`). The CUDA
-C++ kernels are read from the extension, if it is built.
+The Triton backends run on small CPU tensors while their launches compile and do nothing else (`offline.py`), with the
+Triton that is imported. Another one, such as that of the PyTorch on the machine to come, needs two commands:
 
-The results are on disk after every unit of work, and a run that was cut off goes on behind the last one; they are
-thrown away when their sources or, for its own, Triton change. `markdown` makes tables of them.
+    pip install --no-deps --target DIR triton==3.6.0
+    PYTHONPATH=DIR python -m benchmarks.static_report
+
+The CUDA C++ kernels are read from the extension, if it is built for all three.
+
+The file keeps a part for each Triton and one for the extension. A run replaces the parts that it can make, a unit of
+work at a time: one that was cut off goes on behind the last, as long as the sources are the same. `markdown` makes
+tables of them.
 """
 
 import argparse
+import ast
 import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,14 +35,18 @@ from dadpo_kernels.backends import cuda, triton_, triton_tuning
 from dadpo_kernels.backends.tiled import Coefficients, Kept, State, Tiles
 
 from . import offline
-from .machine_code import CHIPS, Chip, Compiled, inspect_extension, inspect_triton
+from .machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
+from .report.comparison import replace_between_markers
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     "triton": ("dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py"),
     "cuda": ("csrc/common/*", "csrc/cuda/*"),
 }
-CUDA_UNIT = "CUDA C++"
+PAGE = ROOT / "docs/triton.md"
+BEGIN, END = "<!-- static:occupancy -->", "<!-- /static:occupancy -->"
+COMPILERS = ("3.6.0", "3.9.0")  # Tritons: PyTorch 2.11's, and the newest
+CUDA = "CUDA C++"
 FUSED = ("forward.statistics", "backward.logit_gradient")
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
@@ -96,8 +109,14 @@ def label(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def units() -> dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]:
-    """The work, in pieces of seconds."""
+class Part(NamedTuple):
+    """Of the file: what decides its content, and the work in pieces of seconds."""
+
+    source: str
+    units: dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]
+
+
+def triton_part() -> Part:
     work: dict[str, Callable] = {}
     for capability, chip in CHIPS.items():
         for dtype, variant in itertools.product(triton_.DTYPES, VARIANTS):
@@ -111,108 +130,177 @@ def units() -> dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]:
             # With every option of the head, which only add to what the rows hold.
             name = f"sm_{capability}, {label(dtype)}, {columns} columns"
             work[name] = partial(compile_rows, chip, dtype, columns, "bias, softcap")
-        if cuda._cuda:
-            work[f"sm_{capability}, {CUDA_UNIT}"] = partial(
-                inspect_extension, chip, Path(cuda._cuda.__file__), CUDA_THREADS
-            )
-    return work
+    return Part(fingerprint("triton"), work)
 
 
-def fingerprints() -> dict[str, str]:
-    """Of everything that decides what the kernels become, by their language."""
-    found = {}
-    for language, patterns in SOURCES.items():
-        files = sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
-        content = b"\0".join([path.read_bytes() for path in files])
-        found[language] = hashlib.sha256(content).hexdigest()[:16]
-    return found | {"triton": f"{triton.__version__}, {found['triton']}"}
+def cuda_part(module: Path) -> Part:
+    work = {f"sm_{c}": partial(inspect_extension, chip, module, CUDA_THREADS) for c, chip in CHIPS.items()}
+    return Part(fingerprint("cuda"), work)
 
 
-def run(path: Path, work: dict[str, Callable[[], Iterator[Compiled] | list[Compiled]]]) -> dict:
-    """Adds to the file what it lacks of these sources: `{"triton": ..., "sources": ..., "units": {name: rows}}`."""
-    results: dict = {"triton": triton.__version__, "sources": fingerprints(), "units": {}}
-    if path.exists():
-        stored = json.loads(path.read_text())
-        same = {key for key, value in results["sources"].items() if stored["sources"].get(key) == value}
-        results["units"] = {
-            name: rows
-            for name, rows in stored["units"].items()
-            if name in work and ("cuda" if name.endswith(CUDA_UNIT) else "triton") in same
-        }
-    for name, compile_unit in work.items():
-        if name not in results["units"]:
-            results["units"][name] = [asdict(row) for row in compile_unit()]
-            write(path, results)
-            print(f"{len(results['units'])} of {len(work)}: {name}", file=sys.stderr)
+def parts() -> dict[str, Part]:
+    """Those that this machine can make."""
+    found = {f"Triton {triton.__version__}": triton_part()}
+    module = Path(cuda._cuda.__file__) if cuda._cuda else None
+    if module and set(CHIPS) <= set(architectures(module)):
+        found[CUDA] = cuda_part(module)
+    return found
+
+
+def fingerprint(language: str) -> str:
+    """Of the sources that decide what the kernels become, whatever is said beside their code."""
+    files = sorted(path for pattern in SOURCES[language] for path in ROOT.glob(pattern) if path.is_file())
+    content = [(without_words if path.suffix == ".py" else without_comments)(path.read_text()) for path in files]
+    return hashlib.sha256("\0".join(content).encode()).hexdigest()[:16]
+
+
+def without_words(source: str) -> str:
+    """Python without comments, docstrings and layout, in a form that does not depend on Python's version."""
+
+    def bare(node: Any) -> Any:
+        if isinstance(node, list):
+            return [bare(n) for n in node if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        if isinstance(node, ast.AST):  # versions differ in empty fields
+            return [type(node).__name__, {k: bare(v) for k, v in ast.iter_fields(node) if v not in (None, [])}]
+        return repr(node)
+
+    return json.dumps(bare(ast.parse(source)))
+
+
+def without_comments(source: str) -> str:
+    """C++ without comments and empty lines; strings stay as they are."""
+    pattern = r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/'
+    bare = re.sub(pattern, lambda found: found[0] if found[0][0] == '"' else " ", source, flags=re.DOTALL)
+    return "\n".join(" ".join(line.split()) for line in bare.splitlines() if line.strip())
+
+
+def run(path: Path, work: dict[str, Part]) -> dict:
+    """Adds to the file what it lacks of `work`: `{part: {"source": ..., "units": {name: rows}}}`."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name, part in work.items():
+        stored = results.get(name)
+        kept = stored["units"] if stored and stored["source"] == part.source else {}
+        units = {unit: rows for unit, rows in kept.items() if unit in part.units}
+        results[name] = {"source": part.source, "units": units}
+        for unit, compile_unit in part.units.items():
+            if unit not in units:
+                units[unit] = [asdict(row) for row in compile_unit()]
+                write(path, results)
+                print(f"{name}, {len(units)} of {len(part.units)}: {unit}", file=sys.stderr)
+    write(path, results)
     return results
 
 
 def write(path: Path, results: dict) -> None:
     """One kernel a line: two versions of the file can be compared."""
-    named = [
-        f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
-        for name, rows in results["units"].items()
-    ]
-    head = json.dumps({k: v for k, v in results.items() if k != "units"})[:-1]
+    written = []
+    for name, part in results.items():
+        units = [
+            f"{json.dumps(u)}: [\n" + ",\n".join(map(json.dumps, rows)) + "\n]" for u, rows in part["units"].items()
+        ]
+        head = f'{json.dumps(name)}: {{"source": {json.dumps(part["source"])}, "units": {{\n'
+        written.append(head + ",\n".join(units) + "\n}}")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(f'{head}, "units": {{\n' + ",\n".join(named) + "\n}}\n")
+    temporary.write_text("{\n" + ",\n".join(written) + "\n}\n")
     os.replace(temporary, path)
 
 
-def compiled_rows(results: dict) -> list[Compiled]:
-    return [Compiled(**row) for rows in results["units"].values() for row in rows]
+def compiled_rows(part: dict) -> list[Compiled]:
+    return [Compiled(**row) for rows in part["units"].values() for row in rows]
+
+
+def complaints(results: dict) -> list[str]:
+    """What must not be used, and why."""
+    return [
+        f"{name}: {row}: {'; '.join(row.complaints)}"
+        for name, part in results.items()
+        for row in compiled_rows(part)
+        if row.complaints
+    ]
 
 
 def markdown(results: dict) -> str:
     """The tables: a line for each kernel and configuration, the worst over the head's options in each cell."""
-    rows = compiled_rows(results)
-    bad = [f"- {row}: {'; '.join(row.complaints)}" for row in rows if row.complaints]
+    rows = {name: compiled_rows(part) for name, part in results.items()}
+    number, bad = sum(map(len, rows.values())), complaints(results)
     matrix = ", ".join(f"{chip.matrix_instruction} on sm_{chip.capability}" for chip in CHIPS.values())
     verdict = (
-        "\n".join([f"**{len(bad)} of {len(rows)} must not be used:**", "", *bad])
+        "\n".join([f"**{len(bad)} of {number} must not be used:**", "", *(f"- {line}" for line in bad)])
         if bad
-        else f"None of the {len(rows)} spills, has a stack or asks for more shared memory than its chip has; the "
-        f"fused bfloat16 kernels use the newest matrix unit of each chip ({matrix})."
+        else f"None of the {number} accesses local memory in its loop (that around the matrix product; anywhere, if "
+        "it has no loop), waits after every wgmma, or asks for more shared memory than its chip has; the fused "
+        f"bfloat16 kernels use the newest matrix unit of each chip ({matrix})."
     )
+    extension, compilers = rows.pop(CUDA, []), {name.removeprefix("Triton "): found for name, found in rows.items()}
     parts = [
-        f"Compiled with Triton {results['triton']} (CUDA C++: nvcc), not run: `python -m benchmarks.static_report`.",
+        f"Compiled with {' and '.join(rows)} (CUDA C++: nvcc), not run: `python -m benchmarks.static_report`.",
         verdict,
         "A cell: registers of a thread / KiB of shared memory of a block / warps on a multiprocessor in percent of "
-        "the most it holds; the worst over bias, softcap and ragged widths.",
-        "**Fused kernels** (rows x columns x depth of a block; row blocks that pass over the columns together)",
-        table([row for row in rows if row.kernel.startswith(FUSED)], "configuration"),
-        "**Triton passes over a tile in memory**",
-        table([row for row in rows if row.kernel.startswith(("rows.", "topk."))], "tile"),
+        "the most it holds / instructions that access local memory, if any; the worst over bias, softcap and ragged "
+        "widths.",
+        "**Fused kernels**, by chip and version of Triton (rows x columns x depth of a block; row blocks that pass "
+        "over the columns together)",
+        table(by_chip(compilers, FUSED), "configuration"),
+        "**Triton passes over a tile in memory**, by chip and version of Triton",
+        table(by_chip(compilers, ("rows.", "topk.")), "tile"),
         "**CUDA C++ passes**",
-        table([row for row in rows if row.kernel.startswith("cuda.")], "block"),
+        table(by_chip({"": extension}, ("cuda.",)), "block"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def table(rows: list[Compiled], what: str) -> str:
-    chips = " | ".join(f"sm_{chip}" for chip in CHIPS)
-    lines = [f"| kernel | dtype | {what} | {chips} |", "|---|---|---|" + "---:|" * len(CHIPS)]
-    for kernel, dtype, config in dict.fromkeys((row.kernel, row.dtype, row.config) for row in rows):
-        cells = []
-        for chip in CHIPS:
-            here = [r for r in rows if (r.chip, r.kernel, r.dtype, r.config) == (chip, kernel, dtype, config)]
-            cells.append(
-                f"{max(r.registers for r in here)} / {max(r.shared for r in here) / 1024:.0f} / "
-                f"{100 * min(r.occupancy for r in here):.0f}"
-                if here
-                else ""
-            )
-        lines.append(f"| {kernel} | {dtype} | {config} | {' | '.join(cells)} |")
+def occupancy(results: dict) -> str:
+    """For docs/triton.md: Hopper's bfloat16 blocks without options, a cell "registers, blocks" for each Triton."""
+    kernels = {f"forward.statistics: {k}": k for k in ("statistics", "retain")}
+    kernels["backward.logit_gradient: gradient"] = "gradient"
+    cells: dict[str, dict[str, list[str]]] = {}
+    for row in (row for name, part in results.items() if name != CUDA for row in compiled_rows(part)):
+        if (row.chip, row.dtype, row.variant) == (90, "bfloat16", "plain") and row.kernel in kernels:
+            cell = cells.setdefault(row.config, {}).setdefault(row.kernel, [])
+            cell.append(f"{row.registers}, {row.blocks}")
+    lines = [f"| configuration | {' | '.join(kernels.values())} |", "|---|---|---|---|"]
+    lines += [f"| {c} | {' | '.join('; '.join(found[k]) for k in kernels)} |" for c, found in cells.items()]
     return "\n".join(lines)
+
+
+def by_chip(compilers: dict[str, list[Compiled]], kernels: tuple[str, ...]) -> dict[str, list[Compiled]]:
+    """The columns of a table of these kernels, by their titles."""
+    return {
+        f"sm_{chip}" + (f", {version}" if version else ""): [
+            row for row in rows if row.chip == chip and row.kernel.startswith(kernels)
+        ]
+        for chip in CHIPS
+        for version, rows in compilers.items()
+    }
+
+
+def table(columns: dict[str, list[Compiled]], what: str) -> str:
+    lines = [f"| kernel | dtype | {what} | {' | '.join(columns)} |", "|---|---|---|" + "---:|" * len(columns)]
+    found: dict[tuple[str, str, str], dict[str, list[Compiled]]] = {}
+    for title, rows in columns.items():
+        for row in rows:
+            found.setdefault((row.kernel, row.dtype, row.config), {}).setdefault(title, []).append(row)
+    for line, cells in found.items():
+        lines.append(f"| {' | '.join(line)} | {' | '.join(cell(cells.get(title, [])) for title in columns)} |")
+    return "\n".join(lines)
+
+
+def cell(rows: list[Compiled]) -> str:
+    if not rows:
+        return ""
+    registers, shared, spills = (max(getattr(r, name) for r in rows) for name in ("registers", "shared", "spills"))
+    text = f"{registers} / {shared / 1024:.0f} / {100 * min(r.occupancy for r in rows):.0f}"
+    return f"{text} / {spills}" if spills else text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/static.json")
     args = parser.parse_args()
-    results = run(args.out, units())
+    results = run(args.out, parts())
     print(markdown(results))
-    sys.exit("\n".join(f"{row}: {row.complaints}" for row in compiled_rows(results) if row.complaints) or None)
+    PAGE.write_text(replace_between_markers(PAGE.read_text(), occupancy(results), BEGIN, END))
+    sys.exit("\n".join(complaints(results)) or None)
 
 
 if __name__ == "__main__":

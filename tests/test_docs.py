@@ -50,6 +50,15 @@ def test_measured_figures_are_those_of_the_results():
     assert page == replace_between_markers(page, text, capture_report.BEGIN, capture_report.END)
 
 
+def test_occupancy_is_that_of_the_committed_report():
+    static_report = pytest.importorskip("benchmarks.static_report")
+    results = json.loads((ROOT / "benchmarks" / "results" / "static.json").read_text())
+    page = static_report.PAGE.read_text()
+    table = static_report.occupancy(results)
+    assert page == replace_between_markers(page, table, static_report.BEGIN, static_report.END)
+    assert table.count("TMA") >= 3
+
+
 def names(page: str) -> dict:
     """What a page's code takes for granted."""
     if page != "live":

@@ -1,5 +1,6 @@
 """Kernels alone: what the device can do at most, the products around ours, row passes, and every configuration."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from unittest import mock
@@ -13,7 +14,7 @@ from dadpo_kernels.backends.tiled import Coefficients, Entries, Head, Kept, Stat
 from dadpo_kernels.backends.torch_ import wide_mm
 
 from . import cost_model
-from .row_passes import PASSES, as_graph, row_pass
+from .row_passes import PASSES, row_pass
 from .settings import REPEATS, SHAPES, TOKENS, TOP_K, Batch, Settings, Shape, batch
 from .task import Task
 from .timing import Unavailable, copy_bandwidth, seconds
@@ -114,30 +115,48 @@ def fused_tiles(s: Settings, shape: Shape) -> triton_.FusedTiles:
 def configured(
     s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str, config: triton_tuning.Config
 ) -> dict:
-    """A fused kernel over one tile of columns: its time, and how far it is from the fixed configuration.
+    """A fused kernel over one tile of columns: its time alone, and how far it is from the fixed configuration.
 
     The largest difference, relative to the largest value, is `ok` if roundings of bfloat16 explain it.
     """
     if reason := BACKENDS["triton"].obstacle(s.device, torch.bfloat16):
         raise Unavailable(reason)
-    fixed = triton_tuning.candidates(kernel, s.capability // 10, torch.bfloat16, tiles().hidden.shape[1])[0]
+    times: list[float] = []
+
+    def timed(*arguments) -> triton_tuning.Config:
+        times.extend(triton_tuning.timed([config], arguments[-1])[config])
+        return config
+
+    run, width = fused_pass(tiles(), kernel), tiles().hidden.shape[1]
+    fixed = triton_tuning.candidates(kernel, s.capability // 10, torch.bfloat16, width)[0]
     with mock.patch.object(triton_, "choose", return_value=fixed):
-        want = fused_pass(tiles(), kernel)()
+        want = run()
     with mock.patch.object(triton_, "choose", return_value=config):
-        run = fused_pass(tiles(), kernel)
         got = run()
-        time, difference = seconds(s.device, as_graph(s.device, run), s.repeats), 0.0
+    if not s.dry:
+        with mock.patch.object(triton_, "choose", timed):
+            run()
+    difference = 0.0
     for a, b in zip(got, want, strict=True):
         a, b = (t.masked_fill(t == -torch.inf, 0) for t in (a, b))
         apart = (a - b).abs().nan_to_num(torch.inf).max() / b.abs().max().clamp_min(1)
         difference = max(difference, apart.item())
-    return {"seconds": time, "difference": difference, "ok": difference <= torch.finfo(torch.bfloat16).eps}
+    row = {"difference": difference, "ok": difference <= torch.finfo(torch.bfloat16).eps}
+    if times:
+        time, columns = statistics.median(times), first_tile(tiles())
+        row |= {"seconds": time, "flops": 2 * TOKENS * columns * width / time}
+    return row
+
+
+def first_tile(tiles: triton_.FusedTiles) -> int:
+    """Its columns."""
+    return min(len(tiles.weight), tiles.tile_columns(*tiles.hidden.shape, torch.bfloat16))
 
 
 def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Tensor, ...]]:
     """By its name in `triton_tuning`: a pass over the first tile, as it is called, and what it computes."""
     rows, entries = tiles.entries.ids.shape
-    columns = min(len(tiles.weight), tiles.tile_columns(rows, tiles.hidden.shape[1], torch.bfloat16))
+    columns = first_tile(tiles)
     padded, groups = tiles.kept_shape(rows, columns)
     kept = Kept(tiles.hidden.new_zeros(rows, padded), tiles.hidden.new_zeros(rows, groups, dtype=torch.float32))
     ones = torch.ones(rows, device=tiles.hidden.device)

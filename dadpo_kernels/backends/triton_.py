@@ -7,8 +7,9 @@ the chip and the logits do not. The gradient's products are cuBLAS's in both.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -189,14 +190,19 @@ class FusedTiles(TritonTiles):
         found = torch.searchsorted(self.entries.ids, edges.repeat(self.rows, 1), out_int32=True)
         return found.T.contiguous()
 
-    def launch(self, kernel, config: Config, first: int, columns: int, *arguments) -> None:
+    def launcher(self, kernel, config: Config, first: int, columns: int, *arguments) -> Callable[..., None]:
+        """All that a launch needs, made now; what is returned launches and does nothing else.
+
+        Arguments that it is called with follow `arguments`.
+        """
         blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
         weight, width = self.weight[first : first + columns], self.hidden.shape[1]
         operands = [self.hidden, weight]
         if config.TMA:
             heights = (config.BLOCK_M, config.BLOCK_N)
             operands = [describe(t, [height, config.BLOCK_K]) for t, height in zip(operands, heights, strict=True)]
-        kernel[(blocks,)](
+        return partial(
+            kernel[(blocks,)],
             operands[0], self.hidden.stride(0), self.rows, operands[1], weight.stride(0), self.bias(first, columns),
             columns, width, first, *self.transform, self.starts(first, columns, config.BLOCK_N), self.entries.ids,
             *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
@@ -206,30 +212,33 @@ class FusedTiles(TritonTiles):
         stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device) if kept else None
         if kept:
             kept.bases.copy_(finite(state.max)[:, None])
+        store = (kept.exps, kept.exps.stride(0), kept.bases, BASES) if kept else (None, 0, None, 0)
 
-        def run(config: Config, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        def prepare(config: Config) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor | None], None]]:
             parts = self.partials(-(-columns // config.BLOCK_N))
-            store = (kept.exps, kept.exps.stride(0), kept.bases, BASES, only) if kept else (None, 0, None, 0, None)
             entries = self.entries.ids.shape[1]
             kernel = kernels("forward").statistics
-            self.launch(kernel, config, first, columns, self.drop, entries, state.selected, *parts, *store)
-            return parts
+            return parts, self.launcher(
+                kernel, config, first, columns, self.drop, entries, state.selected, *parts, *store
+            )
 
         with torch.cuda.device_of(self.hidden):
-            config = choose("retain" if kept else "statistics", self.hidden, self.softcap, self.tma, run)
-            maxima, sums = run(config)
+            name = "retain" if kept else "statistics"
+            config = choose(name, self.hidden, self.softcap, self.tma, lambda c: partial(prepare(c)[1], None))
+            (maxima, sums), launch = prepare(config)
+            launch(None)
             self.absorb(maxima, sums, state, kept, stale)
             if kept:
-                run(config, stale)
+                launch(stale)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
         dz = self.padded(columns, self.hidden.dtype)
 
-        def run(config: Config) -> None:
-            self.launch(
+        def prepare(config: Config) -> Callable[[], None]:
+            return self.launcher(
                 kernels("backward").logit_gradient, config, first, columns, self.entries.ids.shape[1],
                 coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
             )  # fmt: skip
 
-        run(choose("gradient", self.hidden, self.softcap, self.tma, run))
+        prepare(choose("gradient", self.hidden, self.softcap, self.tma, prepare))()
         return dz

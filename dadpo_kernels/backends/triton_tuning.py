@@ -1,12 +1,14 @@
 """Which block shapes the fused Triton kernels run with: a short list for each chip, the fastest of it kept on disk.
 
-The lists hold what compiles without spills on that chip (`benchmarks/static_report.py` shows it, a test insists). The
-first call of a shape class times them once. `DADPO_AUTOTUNE=0` takes the first of the list instead: the same block
-shapes, hence the same rounding, on every machine of that generation. `DADPO_CACHE_DIR` moves the file.
+The lists hold what keeps the matrix units of that chip busy: no spills in the product's loop, no wait after every
+instruction (`benchmarks/static_report.py` shows it for two compilers, a test insists). The first call of a shape class
+times them once. `DADPO_AUTOTUNE=0` takes the first of the list instead: the same block shapes, hence the same
+rounding, on every machine of that generation. `DADPO_CACHE_DIR` moves the file.
 """
 
 import importlib.metadata
 import json
+import logging
 import os
 import statistics
 import tempfile
@@ -16,6 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LAUNCHES, ROUNDS = 20, 5  # in a graph, and of all graphs
+logger = logging.getLogger("dadpo_kernels")
 
 
 class Config(NamedTuple):
@@ -38,30 +43,23 @@ class Config(NamedTuple):
         return self._replace(TMA=True)
 
     def shared(self, dtype: torch.dtype) -> int:
-        """Bytes of shared memory that its stages take."""
-        return self.num_stages * (self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize
+        """Bytes of shared memory that its stages take at most: the blocks, and barriers of 16 bytes."""
+        return self.num_stages * ((self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize + 16)
 
 
 SQUARE, NARROW = Config(128, 128, 64, 8, 8, 3), Config(128, 64, 64, 8, 4, 3)
 FLAT, SMALL = Config(64, 256, 64, 8, 8, 3), Config(64, 64, 32, 8, 4, 3)
+# Of the square by four warps, two blocks fit on a Hopper: one's epilogue beside the other's product. The tall one does
+# a third more with each byte that it copies.
+PAIRED = Config(128, 128, 64, 8, 4, 3, TMA=True)
+TALL, DEEP = Config(256, 128, 64, 8, 8, 3, TMA=True), Config(256, 128, 64, 8, 8, 4, TMA=True)
+HOPPER = [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described, PAIRED, TALL, DEEP]
 
 # By kernel and compute capability's major; later chips get the last.
 CONFIGS = {
-    "statistics": {
-        8: [SQUARE, NARROW, FLAT],
-        9: [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described],
-        10: [SQUARE, NARROW, FLAT, SQUARE.described],
-    },
-    "retain": {
-        8: [SQUARE, NARROW, FLAT],
-        9: [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described],
-        10: [NARROW, NARROW.described],
-    },
-    "gradient": {
-        8: [SQUARE, NARROW, FLAT],
-        9: [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described],
-        10: [SQUARE, NARROW, FLAT, SQUARE.described],
-    },
+    "statistics": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
+    "retain": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [NARROW, NARROW.described, SQUARE, SQUARE.described]},
+    "gradient": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
 }
 
 
@@ -83,50 +81,107 @@ def candidates(
     return [config for config in choices if (tma or not config.TMA) and config.shared(dtype) <= shared]
 
 
-def choose(kernel: str, hidden: Tensor, softcap: bool, tma: bool, launch: Callable[[Config], object]) -> Config:
-    """The configuration for this device and shape class. `launch` runs the kernel once, without lasting effect."""
+def choose(
+    kernel: str, hidden: Tensor, softcap: bool, tma: bool, prepare: Callable[[Config], Callable[[], object]]
+) -> Config:
+    """The configuration for this device and shape class.
+
+    `prepare` makes all that the kernel needs and returns what launches it once, without lasting effect.
+    """
     rows, width = hidden.shape
     if not hidden.is_cuda or not rows:  # the interpreter; nothing to time
         return candidates(kernel, 8, hidden.dtype, width)[0]
     device = torch.cuda.get_device_properties(hidden.device)
     shared = device.shared_memory_per_multiprocessor - 1024  # one KiB of every block is the system's
     choices = candidates(kernel, device.major, hidden.dtype, width, tma=tma, shared=shared)
-    if os.environ.get("DADPO_AUTOTUNE") == "0" or torch.are_deterministic_algorithms_enabled():
+    fixed = os.environ.get("DADPO_AUTOTUNE") == "0" or torch.are_deterministic_algorithms_enabled()
+    if fixed or len(choices) == 1:
         return choices[0]
     key = (
         f"{device.name}, triton {version('triton')}, dadpo-kernels {version('dadpo-kernels')}: {kernel} "
         f"{hidden.dtype} rows<={1 << max(0, rows - 1).bit_length()} width={width} softcap={softcap} tma={tma}"
     )
-    return tuned(key, choices, lambda config: seconds(lambda: launch(config)))
+    if found := known(key, choices):
+        return found
+    if torch.cuda.is_current_stream_capturing():  # nothing can be timed now; a later call will
+        return choices[0]
+    times = timed(choices, prepare)
+    return keep(key, fastest(times), times)
 
 
 _known: dict[str, Config] = {}
 
 
-def tuned(key: str, choices: list[Config], seconds: Callable[[Config], float]) -> Config:
-    """The fastest of `choices`: as known to this process, else to the file, else as measured now."""
+def known(key: str, choices: list[Config]) -> Config | None:
+    """Which of `choices` this process, else the file, has chosen."""
     if key not in _known:
-        stored = read().get(key)
+        entry = read().get(key)
+        stored = entry.get("config") if isinstance(entry, dict) else None
         found = [config for config in choices if list(config) == stored]  # a file chooses, it cannot invent
         if not found:
-            found = [min(choices, key=seconds)]
-            write({**read(), key: list(found[0])})
+            return None
         _known[key] = found[0]
     return _known[key]
 
 
-def seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median time on the device, after one call that compiles."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+def keep(key: str, config: Config, times: dict[Config, list[float]]) -> Config:
+    """Makes it known to this process and to later ones; what was measured is written for people to read."""
+    measured = {str(c): {"median": statistics.median(t), "spread": spread(t)} for c, t in times.items()}
+    write({**read(), key: {"config": list(config), "seconds": measured}})
+    _known[key] = config
+    return config
+
+
+def fastest(times: dict[Config, list[float]]) -> Config:
+    """By the median; the first, unless another gains more on it than the times of either are spread."""
+    first, best = next(iter(times)), min(times, key=lambda config: statistics.median(times[config]))
+    gain = statistics.median(times[first]) - statistics.median(times[best])
+    return best if gain > max(spread(times[first]), spread(times[best])) else first
+
+
+def spread(times: list[float]) -> float:
+    """The width of the middle half, which one disturbed replay does not change."""
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low
+
+
+def timed(choices: list[Config], prepare: Callable[[Config], Callable[[], object]]) -> dict[Config, list[float]]:
+    """Seconds of a launch, a time a round; in each round all take their turn, so that drift meets them alike.
+
+    What does not compile or launch is left out, unless it is the first.
+    """
+    graphs = {}
+    for config in choices:
+        try:
+            graphs[config] = captured(prepare(config))
+        except Exception as error:
+            if config == choices[0]:
+                raise
+            logger.debug("Triton configuration %s is left out: %s", config, error)
+    rounds = [{config: seconds(graph) for config, graph in graphs.items()} for _ in range(ROUNDS)]
+    return {config: [times[config] for times in rounds] for config in graphs}
+
+
+def captured(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """LAUNCHES in one graph, which the device runs without Python; ready to be timed."""
+    launch()  # compiles and loads, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    # On a stream of this device, for PyTorch's own for captures is of the device that came first; and of this thread's
+    # work only, for a data loader's may pin memory meanwhile.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        for _ in range(LAUNCHES):
+            launch()
+    graph.replay()  # the first takes the graph to the device
+    return graph
+
+
+def seconds(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / LAUNCHES
 
 
 def cache_file() -> Path:

@@ -39,6 +39,9 @@ def product_tile(
         k = tl.arange(0, BLOCK_K)
         a_at = hidden + row[:, None] * hidden_stride + k[None, :]
         b_at = weight + column[None, :] * weight_stride + k[:, None]
+    # The loop runs at least once. Where it might not, zeros reach the accumulator by a way around it, and ptxas 12.8
+    # (Triton 3.6) then gives up the pipeline of a TMA tile: it waits after every single wgmma.
+    tl.assume(width > 0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
         if TMA:
