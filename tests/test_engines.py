@@ -72,7 +72,9 @@ def assert_same_run(d: Path, one: str, other: str) -> None:
     want, got = (load_file(d / name / "model.safetensors") for name in (one, other))
     assert want.keys() == got.keys()
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        # Adam moves a parameter by up to 1e-3 a step, whatever its gradient's size, and roundings of small gradients
+        # with it: half a percent of what 20 steps may move.
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def launch(recipe: str, *options: str) -> subprocess.Popen:

@@ -321,7 +321,9 @@ def test_packed_sequences_give_the_numbers_of_padded_ones(name, attention):
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.selected_logps.label[0], want.selected_logps.label[mask])
     for n, grad in want_grads.items():
-        torch.testing.assert_close(got_grads[n], grad, rtol=1e-5, atol=1e-8, msg=lambda m, n=n: f"{n}: {m}")
+        # Sums over packed and padded rows have other orders: roundings of float32, of the size of the largest terms.
+        atol = 64 * torch.finfo(torch.float32).eps * grad.abs().max().item()
+        torch.testing.assert_close(got_grads[n], grad, rtol=0, atol=atol, msg=lambda m, n=n: f"{n}: {m}")
     rows = unpack(got.selected_logps.label, position_ids=positions)
     torch.testing.assert_close(rows, want.selected_logps.label * mask)
 

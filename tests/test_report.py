@@ -201,7 +201,8 @@ def test_one_command_rewrites_the_table_and_writes_report_and_plots(results, tmp
     row = next(r for r in section["rows"] if (r["variant"], r["objective"]) == ("recompute", "dpo+kl"))
     beside = f"{row['peak_mib'][0] - section['gradient_mib']:,.0f}"
     ends = [f"| {tokens} | {section['valid_tokens']} | {ratio:.2f} | {beside} |" for tokens in ("512", "8,192")]
-    found = [line for line in report.read_text().splitlines() if line.endswith(tuple(ends))]
+    of_it = f"| {row['label']} | DPO + KL |"
+    found = [line for line in report.read_text().splitlines() if of_it in line and line.endswith(tuple(ends))]
     assert [line.endswith(end) for line, end in zip(found, ends, strict=True)] == [True, True]  # short ones first
     for name in ("cpu.png", "scaling.png", "options.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,11 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 unset PYTHONDONTWRITEBYTECODE # many processes import the same packages
 
+# nvcc and compute-sanitizer are often installed and not on the PATH.
+for folder in "${CUDA_HOME:-/usr/local/cuda}"/{bin,compute-sanitizer}; do
+    if [[ -d $folder ]]; then PATH+=:$folder; fi
+done
+
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 shopt -s nullglob
