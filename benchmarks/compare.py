@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from .gpu_suite.tables import STEPS, rows_of
+from .gpu_suite.tables import timed_steps
 
 SLACK = 0.01  # of the counted unit: index arithmetic on a few rows may come and go
 
@@ -61,7 +61,7 @@ def gpu_lines(before: dict, after: dict) -> list[str]:
     a, b = (
         {
             (row["shape"], f"K={row['top_k']}", "half masked" if row["masked"] else "", row["name"]): row
-            for row in rows_of(file, *STEPS) if "top_k" in row and "both_seconds" in row
+            for row in timed_steps(file)
         }
         for file in (before, after)
     )  # fmt: skip

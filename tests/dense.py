@@ -85,5 +85,6 @@ def assert_as_good_as_dense(p: Problem, dtype: torch.dtype, backend: str, memory
         scale = want.abs().max().clamp_min(1.0)  # incoming gradients and operands are of order 1
         error = (finite(got[name]).double() - want).abs().max()
         allowed = 3 * (finite(plain[name]).double() - want).abs().max() + 16 * eps * scale
-        allowed += rounding * scale if name.startswith("grad") else 0
+        # Retained exponentials and scaled hidden states are rounded each, where the reference rounds dz alone.
+        allowed += 2 * rounding * scale if name.startswith("grad") else 0
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e} (values up to {scale:.2e})"

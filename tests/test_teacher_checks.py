@@ -79,6 +79,19 @@ def test_a_flipped_bit_anywhere_is_found(finished, data):
     assert path.name in found[0]
 
 
+def test_a_column_whose_name_is_no_text_is_found(finished):
+    """One bit of the footer makes 'index' bytes that UTF-8 does not have."""
+    path = next((finished / "reference").glob("*.parquet"))
+    original = path.read_bytes()
+    path.write_bytes(original.replace(b"index", b"\xe9ndex"))
+    try:
+        found = list(problems(finished))
+    finally:
+        path.write_bytes(original)
+    assert len(found) == 1
+    assert path.name in found[0]
+
+
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [

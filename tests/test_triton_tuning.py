@@ -2,8 +2,9 @@
 
 import json
 import logging
+import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ class FakeGPU:
 
     def __init__(self, monkeypatch, costs):
         self.clock, self.graph, self.capturing, self.broken = 0.0, None, False, set()
-        self.prepared, self.launched, self.replayed = [], Counter(), []
+        self.prepared, self.launched, self.replayed, self.held = [], Counter(), [], {}
         self.costs = {config: cycle([cost] if isinstance(cost, float) else cost) for config, cost in costs.items()}
         properties = SimpleNamespace(name="fake", major=9, shared_memory_per_multiprocessor=228 * 1024)
         gpu = self
@@ -87,6 +88,7 @@ class FakeGPU:
 
             def replay(self):
                 (config,) = set(self.configs)
+                assert gpu.held[config]() is not None, "reads memory that the launch no longer holds"
                 gpu.replayed.append(config)
                 gpu.clock += len(self.configs) * next(gpu.costs[config])
 
@@ -106,13 +108,17 @@ class FakeGPU:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "Stream", lambda: "a stream of this device")
         monkeypatch.setattr(torch.cuda, "graph", capture)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the user's stream")
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
 
     def prepare(self, config):
         assert self.graph is None, "allocates while a graph is captured"
         self.prepared.append(config)
         self.clock += 1000
+        tensor = torch.zeros(1)  # such as the entry ranges, which the launch alone holds
+        self.held[config] = weakref.ref(tensor)
 
-        def launch():
+        def launch(held=tensor):
             if config in self.broken:
                 raise RuntimeError("ptxas failed")
             self.launched[config] += 1

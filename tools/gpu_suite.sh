@@ -43,4 +43,4 @@ for list in "$site"/*.pth; do # folders that Python reads from its own site-pack
         if [[ -d $site/$folder ]]; then PYTHONPATH+=:$site/$folder; fi
     done <"$list"
 done
-python3 -m benchmarks.gpu_suite "$@" --out "$out" 2> >(tee "$out/suite.log" >&2)
+python3 -m benchmarks.gpu_suite "$@" --out "$out" 2>&1 | tee "$out/suite.log"

@@ -38,7 +38,8 @@ def main() -> None:
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no CUDA device: the suite measures GPUs (--dry-run goes through its motions on a CPU)")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu-{device_name(args.dry_run)}-{args.call}.json"
+    # Part of a call does not replace the file of a whole one.
+    path = args.out / f"{'-'.join(['gpu', device_name(args.dry_run), args.call, *(args.only or [])])}.json"
     chosen = {name: stage for name, stage in stages.items() if not args.only or name in args.only}
     results = run_all(chosen, ["--dry-run"] if args.dry_run else [], path, args.seconds, args.dry_run)
     text = report(results)

@@ -2,7 +2,7 @@
 
 Triton compiles a kernel when it is first launched, one after the other, a second or two each. Here many processes
 compile every kernel of the suite by the very calls that will launch it, on tensors without memory (`offline.py`), so
-that those find it in Triton's cache.
+that those find it in Triton's cache. What the host compiler makes for a launch is left to the launch.
 """
 
 import os
@@ -21,7 +21,7 @@ import torch
 
 from dadpo_kernels.backends import BACKENDS, triton_, triton_tuning
 
-from .checks import CASES, MASKED, ROWS, TIES, VOCAB, K, width_of
+from .checks import CASES, MASKED, ROWS, TIES, VOCAB, K, nth_choice, width_of
 from .settings import SHAPES, TOKENS, TOP_K, Settings
 from .task import Task
 from .timing import Unavailable
@@ -70,22 +70,26 @@ class Job(NamedTuple):
 
 
 def jobs(capability: int) -> list[Job]:
-    """Every kind of tile that the suite's stages meet, what takes longest first."""
+    """Every kind of tile that the suite's stages meet, the fixed configurations first: nothing runs without those."""
     bfloat16, width, most = torch.bfloat16, SHAPES[0].width, TOP_K[0]
     lists = [triton_tuning.candidates(kernel, capability // 10, bfloat16, width) for kernel in triton_tuning.CONFIGS]
-    found = [Job("triton", bfloat16, TOKENS, 4096, width, most, choice=i) for i in range(max(map(len, lists)))]
+    found = [Job("triton", bfloat16, TOKENS, 4096, width, most)]
+    valid, vocab = ROWS - len(range(*MASKED.indices(ROWS))), VOCAB
     for backend in ("triton", "triton_rows"):
         tiles = BACKENDS[backend].tiles
         for shape in SHAPES:
             full = tiles.tile_columns(TOKENS, shape.width, bfloat16)
             for columns in (full, shape.vocab % full or full):
                 found += [Job(backend, bfloat16, TOKENS, columns, shape.width, k, best=k) for k in TOP_K]
-        valid, vocab = ROWS - len(range(*MASKED.indices(ROWS))), VOCAB
         for dtype in triton_.DTYPES:
             for case in CASES:
                 options = {"bias": True, "softcap": case == "softcap"}
                 found.append(Job(backend, dtype, valid, vocab, width_of(case), K, **options))
             found += [Job(backend, dtype, ROWS, vocab, 8, 0, best=k) for k in TIES]
+    for choice in range(1, max(map(len, lists))):
+        found.append(Job("triton", bfloat16, TOKENS, 4096, width, most, choice=choice))
+        for softcap in (False, True):
+            found.append(Job("triton", bfloat16, valid, vocab, width_of("softcap"), K, 0, True, softcap, choice))
     return list(dict.fromkeys(found))
 
 
@@ -93,11 +97,8 @@ def compile_job(job: Job, capability: int) -> dict:
     """`{kernel's hash: (name, CompiledKernel)}`"""
     from .. import offline  # needs Triton
 
-    def choose(kernel: str, hidden: torch.Tensor, *_) -> triton_tuning.Config:
-        choices = triton_tuning.candidates(kernel, capability // 10, hidden.dtype, hidden.shape[1])
-        return choices[min(job.choice, len(choices) - 1)]
-
-    with offline.compiling(capability) as compiled, mock.patch.object(triton_, "choose", choose):
+    chosen = mock.patch.object(triton_, "choose", nth_choice(job.choice, capability))
+    with offline.compiling(capability) as compiled, chosen:
         tiles = offline.problem(
             BACKENDS[job.backend].tiles, job.dtype, rows=job.rows, columns=job.columns, width=job.width,
             top_k=job.top_k, bias=job.bias, softcap=job.softcap, device="meta",

@@ -118,7 +118,7 @@ def as_graph(device: torch.device, run: Pass) -> Pass:
     with torch.cuda.graph(graph):
         out = run()
 
-    def replay() -> tuple[Tensor, ...]:
+    def replay(held: Pass = run) -> tuple[Tensor, ...]:  # a graph holds addresses: what `run` holds must live on
         graph.replay()
         return out
 

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from .checks import compare_topk, evaluate, problem
+from dadpo_kernels.backends import triton_
+from dadpo_kernels.backends.triton_tuning import candidates
+
+from .checks import compare_topk, evaluate, nth_choice, problem
 from .settings import GPU_BACKENDS, PLANS, Settings
 from .task import Task
 from .timing import Unavailable
@@ -21,9 +25,10 @@ from .timing import Unavailable
 ROOT = Path(__file__).parents[2]
 # What cuBLAS has written must be seen as written; in its own barriers racecheck sees races.
 TOOLS = {"memcheck": True, "racecheck": True, "initcheck": False}  # whether it looks at our kernels alone
+PORT = 49152  # the first that it may take
 FOUND = 77  # the exit status when the tool found something and the process nothing
-# Several blocks share a row or one has it; with entries masked and a width that nothing divides.
-CASES = ((torch.bfloat16, 203), (torch.float32, 5))
+# Several blocks share a row or one has it; a width that nothing divides, and one that takes the larger blocks.
+CASES = (("softcap", torch.bfloat16, 203), ("ragged", torch.float32, 5))
 TRITON_KERNELS = (
     "absorb", "column_sums", "enter_values", "logit_gradient", "restore", "select", "statistics",
 )  # fmt: skip
@@ -39,7 +44,11 @@ def sanitize(s: Settings, backend: str, tool: str) -> dict:
     program = shutil.which("compute-sanitizer")
     if program is None:
         raise Unavailable("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit")
-    command = [program, "--tool", tool, *(filters(backend) if TOOLS[tool] else ()), "--error-exitcode", str(FOUND)]
+    # A port of its own, since all run at once; PyTorch's own calls may fail as they like, and take a while to start.
+    options = ["--port", str(PORT + 100 * LANES.index(f"{backend} {tool}")), "--launch-timeout", "120"]
+    options += ["--target-processes", "application-only", "--error-exitcode", str(FOUND)]
+    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = [program, "--tool", tool, *options, *(filters(backend) if TOOLS[tool] else ())]
     command += [sys.executable, "-m", "benchmarks.gpu_suite.sanitizer", s.backend(backend)]
     # Without PyTorch's cache every tensor is an allocation of its own, whose ends the tools know.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "DADPO_AUTOTUNE": "0"}
@@ -57,10 +66,18 @@ def filters(backend: str) -> list[str]:
 
 
 def run_kernels(device: torch.device, backend: str) -> None:
-    for dtype, rows in CASES:
+    for case, dtype, rows in CASES:
         for budget in PLANS.values():
-            evaluate(problem("ragged", device, rows), dtype, backend, budget)
+            evaluate(problem(case, device, rows), dtype, backend, budget)
         compare_topk(device, dtype, backend, 150)
+    if backend == "triton":  # and operands that TMA copies
+        capability = 10 * torch.cuda.get_device_properties(device).major
+        choices = candidates("retain", capability // 10, torch.bfloat16, 128)
+        described = [i for i, config in enumerate(choices) if config.TMA]
+        for choice in described[-1:]:
+            with mock.patch.object(triton_, "choose", nth_choice(choice, capability)):
+                for budget in PLANS.values():
+                    evaluate(problem("softcap", device), torch.bfloat16, backend, budget)
 
 
 if __name__ == "__main__":

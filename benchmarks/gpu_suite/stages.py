@@ -1,18 +1,18 @@
 """The stages of both calls in their order, the most valuable first: a call that is cut short has measured those."""
 
 from .build import build
-from .checks import LANES, correctness
+from .checks import CONFIGURATIONS, LANES, correctness
 from .kernels import ceilings_and_products, row_passes_and_sweep
 from .sanitizer import LANES as SANITIZED
 from .sanitizer import sanitizers
 from .steps import profiles, rivals_and_losses, second_rivals, table
 from .task import Stage
 
-BUILD = Stage(build, 45, ("extension", "triton"))
+BUILD = Stage(build, 75, ("extension", "triton"))
 FIRST = {
     "build": BUILD,
     "ceilings": Stage(ceilings_and_products, 40),
-    "correctness": Stage(correctness, 45, LANES),
+    "correctness": Stage(correctness, 45, (*LANES, CONFIGURATIONS)),
     "profiles": Stage(profiles, 30),
     "table": Stage(table, 120),
     "passes": Stage(row_passes_and_sweep, 45),

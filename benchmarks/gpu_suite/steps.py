@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import islice
 
 import torch
 
@@ -55,7 +56,7 @@ def profiles(s: Settings, lane: str) -> Iterator[Task]:
             for plan in PLANS:
                 name = {"shape": shape.name, "top_k": TOP_K[0], "name": our_name(backend, plan)}
                 time = SETUP + TUNING + 5 * expected(shape, TOP_K[0], backend, plan)
-                yield Task(backend, name, partial(hottest, s, data, backend, plan), time)
+                yield Task(f"{backend}, {plan}", name, partial(hottest, s, data, backend, plan), time)
 
 
 def hottest(s: Settings, data: Callable[[], Batch], backend: str, plan: str) -> dict:
@@ -72,7 +73,7 @@ def hottest(s: Settings, data: Callable[[], Batch], backend: str, plan: str) -> 
     kernels = [[event.key[:100], event.count, getattr(event, spent) / 1e6] for event in events]
     return {
         "both_seconds": time,
-        "kernel_seconds": sum(kernel[2] for kernel in kernels),
+        "all_kernels_seconds": sum(kernel[2] for kernel in kernels),
         "launches": sum(kernel[1] for kernel in kernels if kernel[2]),
         "kernels": kernels[:HOTTEST],
     }
@@ -95,7 +96,7 @@ def rows(s: Settings, shape: Shape, top_k: int, masked: bool, data: Callable[[],
         for plan in PLANS:
             name = {"shape": shape.name, "top_k": top_k, "masked": masked, "name": our_name(backend, plan)}
             time = SETUP + TUNING * (backend == "triton") + calls() * expected(shape, top_k, backend, plan)
-            yield Task(backend, name, partial(measured, s, partial(ours, s, backend, plan), data), time)
+            yield Task(f"{backend}, {plan}", name, partial(measured, s, partial(ours, s, backend, plan), data), time)
 
 
 def products(s: Settings, shape: Shape, data: Callable[[], Batch]) -> Task:
@@ -193,8 +194,9 @@ def whole_loss(s: Settings, inputs: Callable[[], Inputs], name: str, objective: 
 def rivals_and_losses(s: Settings, lane: str) -> Iterator[Task]:
     """The shapes that tell most, whole losses, then the other shapes."""
     most = 2 * (len(TOP_K) + len(RIVALS["first"]))
-    each = list(rivals(s, "first"))
-    yield from [*each[:most], *whole_losses(s, lane), *each[most:]]
+    yield from islice(rivals(s, "first"), most)
+    yield from whole_losses(s, lane)
+    yield from islice(rivals(s, "first"), most, None)
 
 
 def second_rivals(s: Settings, lane: str) -> Iterator[Task]:

@@ -150,10 +150,11 @@ def timed(choices: list[Config], prepare: Callable[[Config], Callable[[], object
 
     What does not compile or launch is left out, unless it is the first.
     """
-    graphs = {}
+    graphs, launches = {}, []  # a graph holds addresses: what its launch holds must live as long
     for config in choices:
         try:
-            graphs[config] = captured(prepare(config))
+            launches.append(prepare(config))
+            graphs[config] = captured(launches[-1])
         except Exception as error:
             if config == choices[0]:
                 raise
@@ -167,8 +168,9 @@ def captured(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
     launch()  # compiles and loads, which a capture must not
     graph = torch.cuda.CUDAGraph()
     # On a stream of this device, for PyTorch's own for captures is of the device that came first; and of this thread's
-    # work only, for a data loader's may pin memory meanwhile.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+    # work only, for a data loader's may pin memory meanwhile. The outer context is left also where a capture fails.
+    capture = torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+    with torch.cuda.stream(torch.cuda.current_stream()), capture:
         for _ in range(LAUNCHES):
             launch()
     graph.replay()  # the first takes the graph to the device

@@ -65,7 +65,8 @@ class RowReader:
     def _reading(self, file: str) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:  # a failed page checksum is an OSError
+        # A failed page checksum is an OSError; names in a damaged footer may not even be text.
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CacheChecksumError(f"{self._directory / file} cannot be read ({error}): copy it again") from error
 
 
