@@ -19,8 +19,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import compare, offline, process, style
-from benchmarks.gpu_suite import build, checks, cost_model, kernels, runner, sanitizer, steps, tables, timing
+from benchmarks import offline, process
+from benchmarks.gpu_suite import build, checks, kernels, runner, sanitizer, steps, tables, timing
 from benchmarks.gpu_suite.__main__ import SECONDS, device_name
 from benchmarks.gpu_suite.contenders import RIVALS
 from benchmarks.gpu_suite.settings import GPU_BACKENDS, PLANS, SHAPES, TINY, TOP_K, Settings
@@ -448,112 +448,6 @@ def test_what_the_sanitizers_watch(monkeypatch):
     monkeypatch.setattr(sanitizer, "evaluate", lambda *_: chosen.append(triton_.choose("retain", hidden, 0, 0, None)))
     sanitizer.run_kernels(torch.device("cpu"), "triton")
     assert [config.TMA for config in chosen] == [False] * 4 + [True] * 2
-
-
-@pytest.mark.parametrize(
-    ("plan", "predicted"), [("cuda retain", 62.4), ("triton retain", 49.2), ("triton recompute", 60.2)]
-)
-def test_the_model_predicts_what_a_review_did(plan, predicted):
-    """From the same arithmetic, written independently (milliseconds, Llama-3-8B, 8,192 tokens, 128 x 128 blocks)."""
-    gpu = cost_model.GPUS["H100"]
-    assert cost_model.three_products(gpu, 8192, 4096, 128_256) * 1e3 == pytest.approx(33.4, abs=0.05)
-    time = cost_model.step(gpu, *plan.split(), 8192, 4096, 128_256, 64, (cost_model.SQUARE,))
-    assert time * 1e3 == pytest.approx(predicted, abs=0.05)
-
-
-def test_the_model_knows_more_work_from_less():
-    h100, h200 = cost_model.GPUS.values()
-    for backend, plan in itertools.product(GPU_BACKENDS, PLANS):
-        few, many, copies = (
-            cost_model.step(gpu, backend, plan, tokens, 896, 151_936, 0)
-            for gpu, tokens in ((h100, 4096), (h100, 8192), (h200, 8192))
-        )
-        assert few < many
-        assert copies <= many
-        assert many > cost_model.three_products(h100, 8192, 896, 151_936)
-    assert cost_model.gpu_named("NVIDIA H100 80GB HBM3") is h100
-    assert cost_model.gpu_named("NVIDIA H200") is h200
-    assert cost_model.gpu_named("NVIDIA A100-SXM4-80GB") is None
-
-
-def step(name, milliseconds, **changes):
-    row = {"shape": "Llama-3-8B", "top_k": 64, "masked": False, "name": name, "both_seconds": milliseconds / 1e3}
-    return row | {"peak_bytes_above_gradients": 302 * 2**20} | changes
-
-
-PRODUCTS = {"shape": "Llama-3-8B", "name": "the three products", "tokens": 8192, "width": 4096, "vocab": 128_256}
-
-
-def results_of(device="NVIDIA H100 80GB HBM3", **stages):
-    environment = {"device": device, "versions": {"torch": "2"}, "date": "today", "commit": "c", "dry_run": False}
-    made = {name: {"status": "complete", "seconds": 1.0, "limit": 2.0, "rows": rows} for name, rows in stages.items()}
-    return {"environment": environment, "stages": made}
-
-
-def test_goals():
-    rows = [
-        PRODUCTS | {"both_seconds": 0.036},
-        step("dadpo-kernels cuda, retain", 41),
-        step("dadpo-kernels cuda, recompute", 57, top_k=0),
-        step("Liger", 90),
-        {"shape": "Llama-3-8B", "name": "dadpo-kernels triton, retain", "top_k": 64, "masked": False, "error": "no"},
-    ]
-    results = results_of(table=rows, passes=[{"backend": "cuda", "pass": "topk", "of_copy": 0.8}])
-    room = 300 + 2 * 8192 * 128_256 / 2**20
-    found = [(round(row["measured"], 2), row["limit"], row["reached"]) for row in tables.goals(results)]
-    assert found == [
-        (41, 42, True), (1.14, 1.15, True), (302, room, True), (1.58, 1.45, False), (302, 300, False),
-        (0.8, 0.85, False),
-    ]  # fmt: skip
-
-
-def test_predictions_stand_beside_the_measurements():
-    rows = [PRODUCTS | {"both_seconds": 0.0334}, step("dadpo-kernels cuda, retain", 62), step("Liger", 90),
-            step("dadpo-kernels cuda, recompute", 90), step("dadpo-kernels triton, retain", 20)]  # fmt: skip
-    results = results_of(table=rows)
-    text = tables.report(results)
-    (line,) = (line for line in text.splitlines() if line.startswith("| Llama-3-8B") and "cuda, retain |" in line)
-    assert line.endswith("| 1.856 | 62.41 | 0.9934 |")
-    assert [miss.partition(":")[0] for miss in tables.misses(results)] == [
-        "Llama-3-8B, dadpo-kernels triton, retain, K = 64", "Llama-3-8B, dadpo-kernels cuda, recompute, K = 64",
-    ]  # fmt: skip
-    assert text.index("from the cost model") < text.index("### goals")
-    assert tables.misses(results_of("another GPU", table=rows)) == []
-
-
-def test_readme_says_what_is_missing_and_what_was_measured():
-    assert tables.readme([]).count("not measured yet") == 3
-    rows = [
-        PRODUCTS | {"both_seconds": 0.033},
-        step("dadpo-kernels cuda, retain", 62),
-        step("dadpo-kernels triton, retain", 45),
-        step("PyTorch eager", 120),
-        step("dadpo-kernels triton, retain", 1, masked=True),
-    ]
-    alone = [step("cce", 99, top_k=0), step("Liger", 66, top_k=0), step("TRL chunked", 0, top_k=0)]
-    del alone[2]["both_seconds"]
-    text = tables.readme([results_of(table=rows, rivals=alone), results_of(build=[])])
-    assert "| 33.0 | 45.0 (1.36, triton) | – | 120.0 (3.64, PyTorch eager) | – | 66.0 (2.00, Liger) |" in text
-
-
-def test_two_files_are_compared():
-    def file(seconds: float, peak: int | None) -> dict:
-        row = {"shape": "a", "top_k": 16, "masked": True, "name": "ours", "both_seconds": seconds}
-        failed = {"shape": "a", "top_k": 16, "masked": False, "name": "ours", "error": "out of memory"}
-        return results_of(table=[row | {"peak_bytes_above_gradients": peak}, failed, {"shape": "a", "name": "x"}])
-
-    assert compare.gpu_lines(file(0.002, 2**21), file(0.003, 2**22)) == [
-        "a K=16 half masked ours: 2.00 -> 3.00 ms (1.50x), peak 2 -> 4 MiB"
-    ]
-    assert compare.gpu_lines(file(0.002, None), file(0.001, None))[0].endswith("1.00 ms (0.50x)")
-
-
-def test_units_and_plot(tmp_path):
-    row = {"both_seconds": 0.5, "both_flops": 3e12, "peak_bytes_above_gradients": 2**21, "error": None}
-    assert tables.readable(row) == {"both ms": 500.0, "both TFLOP/s": 3.0, "peak MiB above gradients": 2.0}
-    rows = [PRODUCTS | {"both_seconds": 0.033}, step("dadpo-kernels cuda, retain", 62), step("Liger", 90)]
-    style.save(tables.draw(results_of(table=rows)), tmp_path / "gpu.png")
-    assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
 def test_rivals_of_both_calls_are_known():

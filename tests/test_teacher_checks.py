@@ -63,33 +63,30 @@ def test_a_right_cache_has_no_problems(cache, capsys):
     assert "no problem found" in capsys.readouterr().out
 
 
+def problem_of(cache, path, content):
+    """The only problem of a cache one of whose files has another content."""
+    original = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        (found,) = problems(cache)
+    finally:
+        path.write_bytes(original)
+    return found
+
+
 @given(st.data())
 def test_a_flipped_bit_anywhere_is_found(finished, data):
     files = sorted(p for p in finished.rglob("*") if p.suffix == ".parquet" or p.name == "vocabulary.json")
     path = data.draw(st.sampled_from(files))
-    original = path.read_bytes()
-    damaged = bytearray(original)
-    damaged[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(damaged)
-    try:
-        found = list(problems(finished))
-    finally:
-        path.write_bytes(original)
-    assert len(found) == 1
-    assert path.name in found[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert path.name in problem_of(finished, path, damaged)
 
 
 def test_a_column_whose_name_is_no_text_is_found(finished):
     """One bit of the footer makes 'index' bytes that UTF-8 does not have."""
     path = next((finished / "reference").glob("*.parquet"))
-    original = path.read_bytes()
-    path.write_bytes(original.replace(b"index", b"\xe9ndex"))
-    try:
-        found = list(problems(finished))
-    finally:
-        path.write_bytes(original)
-    assert len(found) == 1
-    assert path.name in found[0]
+    assert path.name in problem_of(finished, path, path.read_bytes().replace(b"index", b"\xe9ndex"))
 
 
 @pytest.mark.parametrize(
