@@ -167,6 +167,25 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch):
     assert time.monotonic() - begin < 30
 
 
+def test_a_process_that_cannot_be_killed_is_left(monkeypatch):
+    """As one that waits in the driver: the stage goes on, and its row says so."""
+
+    class Stuck:
+        pid, returncode = 0, None
+        stdout = ('{"begin": 0, "group": "a", "name": {"n": 7}, "expected": 1}\n',)
+
+        def wait(self, timeout):
+            raise subprocess.TimeoutExpired("worker", timeout)
+
+    starts = iter([Stuck(), subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE, text=True)])
+    killed, rows = [], []
+    monkeypatch.setattr(runner.os, "killpg", lambda pid, _: killed.append(pid))
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, **__: next(starts))
+    assert runner.run_lane(["worker"], 50, runner.Clock(False), rows.append) == "complete, processes that died: 1"
+    assert rows == [{"n": 7, "error": "exit status None: "}]
+    assert killed[0] == 0
+
+
 def test_a_stage_is_killed_with_what_it_started():
     """A compiler process that outlives its parent would keep the pipe open and the suite waiting."""
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"

@@ -145,15 +145,16 @@ def run_worker(command: Sequence[str], limit: float, clock: Clock, add: Callable
             process.wait(timeout=TEARDOWN if end.reason == CLOSED else 0)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait(timeout=TEARDOWN)
+        with suppress(subprocess.TimeoutExpired):  # stuck in the driver, where no signal reaches it
+            process.wait(timeout=TEARDOWN)
         log.seek(0)
         said = log.read()
     sys.stderr.write(said)
     if end.reason != CLOSED:
         return end
-    if code == 0:
+    if process.returncode == 0:
         return End("complete")
-    return End(f"exit status {code}: {said.strip()[-500:]}", end.task)
+    return End(f"exit status {process.returncode}: {said.strip()[-500:]}", end.task)
 
 
 def pass_lines(output: Iterable[str], lines: queue.Queue) -> None:
