@@ -32,21 +32,21 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.cases import DTYPES
+from benchmarks.cases import TOP_K as K
+from benchmarks.floor import products, timed
+from benchmarks.measure import reset_high_water_mark, resident_mib
+from benchmarks.process import environment
 from dadpo_kernels import linear_topk_logps, topk_divergence
-from dadpo_kernels.config import DaDPOConfig
-from dadpo_kernels.lm_head import lm_head
-from dadpo_kernels.teacher.capture import capture_teacher
-from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
-from dadpo_kernels.teacher.pairs import pad_pairs, read_pairs, tokenize_pairs
-from dadpo_kernels.teacher.sampler import ShardSampler
-from dadpo_kernels.trainer import DaDPOTrainer
+from dadpo_kernels.cache.dataset import PairCollator, PairDataset
+from dadpo_kernels.cache.pairs import pad_pairs
+from dadpo_kernels.cache.sampler import ShardSampler
+from dadpo_kernels.capture.local import capture_teacher
+from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs
+from dadpo_kernels.models.lm_head import lm_head
+from dadpo_kernels.train.config import DaDPOConfig
+from dadpo_kernels.train.trainer import DaDPOTrainer
 from examples.smollm2 import smollm2_dir, smollm2_hidden
-
-from .cases import DTYPES
-from .cases import TOP_K as K
-from .floor import products, timed
-from .measure import reset_high_water_mark, resident_mib
-from .process import environment
 
 PAIRS = Path(__file__).parent.parent / "examples" / "quickstart" / "data" / "train.jsonl"
 REPEATS = 3

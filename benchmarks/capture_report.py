@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .cases import TOP_K
-from .report.comparison import replace_between_markers
+from benchmarks.cases import TOP_K
+from benchmarks.report.comparison import replace_between_markers
 
 BEGIN, END = "<!-- benchmark:capture -->", "<!-- /benchmark:capture -->"
 

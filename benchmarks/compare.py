@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from .gpu_suite.tables import timed_steps
+from benchmarks.gpu_suite.tables import timed_steps
 
 SLACK = 0.01  # of the counted unit: index arithmetic on a few rows may come and go
 

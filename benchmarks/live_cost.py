@@ -22,14 +22,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dadpo_kernels import live_diagnostics
-
-from .cases import DTYPES, Inputs, load_inputs, make_inputs
-from .oracle import relative_error
-from .process import environment
-from .run import TOKENS
-from .style import LIMIT, OURS, RIVAL, figure, save
-from .variants import RETAIN_EVERYTHING, ours
+from benchmarks.cases import DTYPES, Inputs, load_inputs, make_inputs
+from benchmarks.oracle import relative_error
+from benchmarks.process import environment
+from benchmarks.run import TOKENS
+from benchmarks.style import LIMIT, OURS, RIVAL, figure, save
+from benchmarks.variants import RETAIN_EVERYTHING, ours
+from dadpo_kernels.ops.live import diagnostics as live_diagnostics
 
 OBJECTIVE = "dpo+kl"
 CHUNKS = (64, 128, 192, 256, 512)
@@ -61,7 +60,7 @@ def study(inputs: Inputs, calls: int) -> dict[str, Any]:
     }
     grid = [(c, CHOSEN_LIMIT) for c in CHUNKS] + [(CHOSEN_CHUNK, t) for t in LIMITS if t != CHOSEN_LIMIT]
     for chunk, tolerance in grid:
-        with mock.patch("dadpo_kernels.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
+        with mock.patch("dadpo_kernels.ops.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
             with live_diagnostics() as done:
                 got = gradients(inputs, None, tolerance)
             row = {"chunk": chunk, "tolerance": tolerance, "seconds": seconds(inputs, None, tolerance, calls)}

@@ -29,15 +29,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dadpo_kernels import linear_selected_logps, live_diagnostics
-from dadpo_kernels.config import DaDPOConfig
-from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
-from dadpo_kernels.teacher.dataset import PairDataset
-from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
-from dadpo_kernels.trainer import DaDPOTrainer
+from benchmarks.process import environment
+from dadpo_kernels import linear_selected_logps
+from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.capture.local import capture_reference, capture_teacher
+from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs
+from dadpo_kernels.ops.live import diagnostics as live_diagnostics
+from dadpo_kernels.train.config import DaDPOConfig
+from dadpo_kernels.train.trainer import DaDPOTrainer
 from examples.quickstart.prune import DATA, drop_layers
-
-from .process import environment
 
 VOCAB, LENGTH, BATCH = 4096, 128, 8
 TOLERANCES = (None, 1e-3, 1e-2)

@@ -24,10 +24,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .cases import Inputs, load_inputs
-from .floor import arranged, measure_floor, timed
-from .oracle import relative_error
-from .variants import find_variant
+from benchmarks.cases import Inputs, load_inputs
+from benchmarks.floor import arranged, measure_floor, timed
+from benchmarks.oracle import relative_error
+from benchmarks.variants import find_variant
 
 WARM_UP_POSITIONS = 16
 

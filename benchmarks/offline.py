@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
 
 
 class OfflineDriver:

@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .cases import Inputs
-from .variants import dense_logps, loss_from_logps
+from benchmarks.cases import Inputs
+from benchmarks.variants import dense_logps, loss_from_logps
 
 ROWS = 128  # logits of so many tokens exist at a time: 156 MB in float64 at V=151,936
 

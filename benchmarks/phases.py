@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dadpo_kernels.backends.cpu import CpuTiles
-from dadpo_kernels.backends.tiled import Coefficients, Entries, Grads, Head, run_gradient, run_statistics
-from dadpo_kernels.selected_logps import plan_for
-
-from .cases import DTYPES, Inputs, make_inputs
-from .floor import arranged, measure_floor, timed
-from .fma_peak import fma_peak
-from .process import environment, log
-from .run import TOKENS
-from .variants import RETAIN_EVERYTHING, ours
+from benchmarks.cases import DTYPES, Inputs, make_inputs
+from benchmarks.floor import arranged, measure_floor, timed
+from benchmarks.fma_peak import fma_peak
+from benchmarks.process import environment, log
+from benchmarks.run import TOKENS
+from benchmarks.variants import RETAIN_EVERYTHING, ours
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, Grads, Head, run_gradient, run_statistics
+from dadpo_kernels.ops.backends.cpu import CpuTiles
+from dadpo_kernels.ops.selected_logps import plan_for
 
 BUDGETS = {"recompute": 0, "retain": RETAIN_EVERYTHING}
 

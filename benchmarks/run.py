@@ -39,12 +39,12 @@ from pathlib import Path
 
 import torch
 
-from .cases import CASES, DTYPES, Inputs, make_inputs, peakedness, save_inputs
-from .floor import floor_dtype
-from .oracle import save_gradients
-from .process import child, environment, log
-from .scaling import HIDDEN_SIZE, SWEEPS, new_points
-from .variants import VARIANTS, find_variant
+from benchmarks.cases import CASES, DTYPES, Inputs, make_inputs, peakedness, save_inputs
+from benchmarks.floor import floor_dtype
+from benchmarks.oracle import save_gradients
+from benchmarks.process import child, environment, log
+from benchmarks.scaling import HIDDEN_SIZE, SWEEPS, new_points
+from benchmarks.variants import VARIANTS, find_variant
 
 TOKENS = 2_048
 

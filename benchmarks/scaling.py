@@ -10,7 +10,7 @@ not vary in a sweep is the default of `Shape`, or stands in `SWEEPS`.
             seconds        [first call, ...]; big problems are called once
             peak_mib       above the inputs; gradient_mib of it are the gradients that are returned
             logits_mib     what one float32 [valid_tokens, vocab_size] takes
-            units          matrix products of the plan, estimate_mib: `dadpo_kernels.memory.estimate_memory` of the
+            units          matrix products of the plan, estimate_mib: `dadpo_kernels.estimate_memory` of the
                            peak; both null for what is not ours
 """
 
@@ -21,12 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from dadpo_kernels.backends import resolve
-from dadpo_kernels.memory import MemoryEstimate, estimate_memory
-
-from .cases import TOP_K, peaked_head, save_inputs, with_teacher
-from .process import child, log
-from .variants import Variant, find_variant
+from benchmarks.cases import TOP_K, peaked_head, save_inputs, with_teacher
+from benchmarks.process import child, log
+from benchmarks.variants import Variant, find_variant
+from dadpo_kernels.ops.backends.registry import resolve
+from dadpo_kernels.ops.memory import MemoryEstimate, estimate_memory
 
 HIDDEN_SIZE = 256
 DENSE_LOGITS_MIB = 512  # above this the dense variant, which needs several times as much, is left out

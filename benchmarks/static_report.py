@@ -31,16 +31,16 @@ from unittest import mock
 import torch
 import triton
 
-from dadpo_kernels.backends import cuda, triton_, triton_tuning
-from dadpo_kernels.backends.tiled import Coefficients, Kept, State, Tiles
-
-from . import offline
-from .machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
-from .report.comparison import replace_between_markers
+from benchmarks import offline
+from benchmarks.machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
+from benchmarks.report.comparison import replace_between_markers
+from dadpo_kernels.ops.backends import cuda, triton_
+from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends.base import Coefficients, Kept, State, Tiles
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {
-    "triton": ("dadpo_kernels/backends/triton_kernels/*.py", "dadpo_kernels/backends/triton_.py"),
+    "triton": ("dadpo_kernels/ops/backends/triton_kernels/*.py", "dadpo_kernels/ops/backends/triton_.py"),
     "cuda": ("csrc/common/*", "csrc/cuda/*"),
 }
 PAGE = ROOT / "docs/triton.md"

@@ -26,9 +26,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .measure import reset_high_water_mark, resident_mib
-from .process import environment
-from .report.comparison import replace_between_markers
+from benchmarks.measure import reset_high_water_mark, resident_mib
+from benchmarks.process import environment
+from benchmarks.report.comparison import replace_between_markers
 
 ROOT = Path(__file__).parent.parent
 PAIRS = ROOT / "examples" / "quickstart" / "data" / "train.jsonl"
@@ -52,7 +52,7 @@ def measure(variant: str, steps: int, pairs: int, model_dir: Path) -> dict[str, 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from dadpo_kernels.integrations.trl import DaDPOConfig, DaDPOTrainer
+    from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
 
     trainer, options = VARIANTS[variant]
     options = dict(options)

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, KL_WEIGHT, Inputs
 from dadpo_kernels import linear_dadpo_loss
-
-from .cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, KL_WEIGHT, Inputs
 
 BETA = BETA_REF + BETA_TEACHER
 OBJECTIVES = ("dpo", "dpo+kl", "ce")

@@ -24,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dadpo_kernels import linear_selected_logps, linear_topk_logps
-from dadpo_kernels.backends import cpu
+from dadpo_kernels.ops.backends import cpu
 
 TOKENS, VOCAB, WIDTH, TOP_K = 24, 40_000, 32, 8  # several tiles in every backend
 PLANS = {"recompute": 0, "partial": 2**21, "retain": 2**40}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
-from tiny import tiny_llama
 
 from benchmarks import capture_report
 from benchmarks.report.comparison import replace_between_markers
-from dadpo_kernels.backends import BACKENDS
+from dadpo_kernels.ops.backends.registry import BACKENDS
+from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -92,7 +92,7 @@ sys.path.insert(0, sys.argv[1])
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 import torch, dadpo_kernels as d
 assert d.__file__.startswith(sys.argv[1]), d.__file__
-from dadpo_kernels.cli import main
+from dadpo_kernels.cli.main import main
 out = d.linear_selected_logps(torch.ones(2, 3), torch.randn(5, 3), torch.tensor([1, 4]))
 assert out.label.isfinite().all()
 main(["doctor"])
@@ -235,10 +235,14 @@ def run_tests(python: Path, wheel: Path, directory: Path) -> None:
     """The wheel's CPU tests, from a directory in which there is no source to import instead."""
     shutil.copytree(ROOT / "tests", directory / "tests")
     zipfile.ZipFile(wheel).extractall(directory / "installed")
-    places = [directory / "installed", directory / "tests"]
+    places = [directory / "installed", directory]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
     code = "import sys, torch, dadpo_kernels as d; print(d.__file__, 'on', torch.__version__, sys.version)"
     subprocess.run([python, "-P", "-c", code], env=environment, cwd=directory, check=True)
-    files = [f"tests/test_{n}.py" for n in ("selected_logps", "topk_logps", "divergence", "doctor")]
+    files = [
+        *(f"tests/ops/test_{name}.py" for name in ("selected_logps", "topk_logps")),
+        "tests/losses/test_divergence.py",
+        "tests/cli/test_doctor.py",
+    ]
     command = [python, "-P", "-m", "pytest", "-q", "-k", "not real and not agrees", "--rootdir", directory, *files]
     subprocess.run(command, env=environment, cwd=directory, check=True)

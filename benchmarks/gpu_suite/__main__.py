@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from . import __doc__ as description
-from .runner import complaints, run_all
-from .stages import CALLS
-from .tables import report
+from benchmarks.gpu_suite import __doc__ as description
+from benchmarks.gpu_suite.runner import complaints, run_all
+from benchmarks.gpu_suite.stages import CALLS
+from benchmarks.gpu_suite.tables import report
 
 SECONDS = 480.0
 

@@ -19,12 +19,13 @@ from unittest import mock
 
 import torch
 
-from dadpo_kernels.backends import BACKENDS, triton_, triton_tuning
-
-from .checks import CASES, MASKED, ROWS, TIES, VOCAB, K, nth_choice, width_of
-from .settings import SHAPES, TOKENS, TOP_K, Settings
-from .task import Task
-from .timing import Unavailable
+from benchmarks.gpu_suite.checks import CASES, MASKED, ROWS, TIES, VOCAB, K, nth_choice, width_of
+from benchmarks.gpu_suite.settings import SHAPES, TOKENS, TOP_K, Settings
+from benchmarks.gpu_suite.task import Task
+from benchmarks.gpu_suite.timing import Unavailable
+from dadpo_kernels.ops.backends import triton_
+from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends.registry import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 12
@@ -95,7 +96,7 @@ def jobs(capability: int) -> list[Job]:
 
 def compile_job(job: Job, capability: int) -> dict:
     """`{kernel's hash: (name, CompiledKernel)}`"""
-    from .. import offline  # needs Triton
+    from benchmarks import offline  # needs Triton
 
     chosen = mock.patch.object(triton_, "choose", nth_choice(job.choice, capability))
     with offline.compiling(capability) as compiled, chosen:

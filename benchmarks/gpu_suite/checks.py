@@ -12,12 +12,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_suite.settings import PLANS, Settings
+from benchmarks.gpu_suite.task import Task
 from dadpo_kernels import SelectedLogps, linear_selected_logps, linear_topk_logps
-from dadpo_kernels.backends import triton_
-from dadpo_kernels.backends.triton_tuning import CONFIGS, Config, candidates
-
-from .settings import PLANS, Settings
-from .task import Task
+from dadpo_kernels.ops.backends import triton_
+from dadpo_kernels.ops.backends.tuning import CONFIGS, Config, candidates
 
 CASES = ("ragged", "offset +60", "offset -60", "no gradient", "dlse = 0", "softcap")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}

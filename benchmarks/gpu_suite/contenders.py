@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from benchmarks.cases import IGNORE_INDEX
+from benchmarks.gpu_suite.settings import PLANS, Settings
+from benchmarks.gpu_suite.timing import Unavailable
+from benchmarks.variants import dense_logps, trl_logps
 from dadpo_kernels import linear_selected_logps
-
-from ..cases import IGNORE_INDEX
-from ..variants import dense_logps, trl_logps
-from .settings import PLANS, Settings
-from .timing import Unavailable
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 EAGER = "PyTorch eager"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from dadpo_kernels.backends.cuda import CudaTiles
-from dadpo_kernels.backends.row_tiles import STRIP, RowTiles
-from dadpo_kernels.backends.triton_ import FusedTiles, TritonTiles
+from dadpo_kernels.ops.backends.cuda import CudaTiles
+from dadpo_kernels.ops.backends.gpu_base import STRIP, RowTiles
+from dadpo_kernels.ops.backends.triton_ import FusedTiles, TritonTiles
 
 MISS = 0.2  # a prediction further away than this share of the measurement is to be understood
 MULTIPROCESSORS = 132

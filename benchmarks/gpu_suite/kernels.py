@@ -8,16 +8,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dadpo_kernels.backends import BACKENDS, triton_, triton_tuning
-from dadpo_kernels.backends.row_tiles import accumulate, rounded_mm
-from dadpo_kernels.backends.tiled import Coefficients, Entries, Head, Kept, State
-from dadpo_kernels.backends.torch_ import wide_mm
-
-from . import cost_model
-from .row_passes import PASSES, row_pass
-from .settings import REPEATS, SHAPES, TOKENS, TOP_K, Batch, Settings, Shape, batch
-from .task import Task
-from .timing import Unavailable, copy_bandwidth, seconds
+from benchmarks.gpu_suite import cost_model
+from benchmarks.gpu_suite.row_passes import PASSES, row_pass
+from benchmarks.gpu_suite.settings import REPEATS, SHAPES, TOKENS, TOP_K, Batch, Settings, Shape, batch
+from benchmarks.gpu_suite.task import Task
+from benchmarks.gpu_suite.timing import Unavailable, copy_bandwidth, seconds
+from dadpo_kernels.ops.backends import triton_
+from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, Head, Kept, State
+from dadpo_kernels.ops.backends.gpu_base import accumulate, rounded_mm
+from dadpo_kernels.ops.backends.registry import BACKENDS
+from dadpo_kernels.ops.backends.torch_ import wide_mm
 
 SQUARE, COPIED = 8192, 2**30  # sides of the product and bytes of the copy that measure the ceilings
 TILES = (16_384, 8192, 2560)  # columns: of one row pass, of `triton`'s tiles, and of `cuda`'s at 8,192 tokens

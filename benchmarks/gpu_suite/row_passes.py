@@ -11,11 +11,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dadpo_kernels.backends import BACKENDS
-from dadpo_kernels.backends.row_tiles import RowTiles
-from dadpo_kernels.backends.tiled import Best, Coefficients, Entries, Head, Kept, State
-
-from .timing import seconds
+from benchmarks.gpu_suite.timing import seconds
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Head, Kept, State
+from dadpo_kernels.ops.backends.gpu_base import RowTiles
+from dadpo_kernels.ops.backends.registry import BACKENDS
 
 CALLS = 10  # in a graph
 PASSES = ("statistics", "statistics, retaining", "logit_gradient", "column_sums", "topk")

@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..process import commit
-from .task import Stage
+from benchmarks.gpu_suite.task import Stage
+from benchmarks.process import commit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")

@@ -14,13 +14,12 @@ from unittest import mock
 
 import torch
 
-from dadpo_kernels.backends import triton_
-from dadpo_kernels.backends.triton_tuning import candidates
-
-from .checks import compare_topk, evaluate, nth_choice, problem
-from .settings import GPU_BACKENDS, PLANS, Settings
-from .task import Task
-from .timing import Unavailable
+from benchmarks.gpu_suite.checks import compare_topk, evaluate, nth_choice, problem
+from benchmarks.gpu_suite.settings import GPU_BACKENDS, PLANS, Settings
+from benchmarks.gpu_suite.task import Task
+from benchmarks.gpu_suite.timing import Unavailable
+from dadpo_kernels.ops.backends import triton_
+from dadpo_kernels.ops.backends.tuning import candidates
 
 ROOT = Path(__file__).parents[2]
 # What cuBLAS has written must be seen as written; in its own barriers racecheck sees races.

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dadpo_kernels.backends import BACKENDS
-
-from ..cases import IGNORE_INDEX, peaked_head
-from ..variants import RETAIN_EVERYTHING
-from .timing import Unavailable
+from benchmarks.cases import IGNORE_INDEX, peaked_head
+from benchmarks.gpu_suite.timing import Unavailable
+from benchmarks.variants import RETAIN_EVERYTHING
+from dadpo_kernels.ops.backends.registry import BACKENDS
 
 
 class Shape(NamedTuple):

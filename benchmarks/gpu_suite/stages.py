@@ -1,12 +1,12 @@
 """The stages of both calls in their order, the most valuable first: a call that is cut short has measured those."""
 
-from .build import build
-from .checks import CONFIGURATIONS, LANES, correctness
-from .kernels import ceilings_and_products, row_passes_and_sweep
-from .sanitizer import LANES as SANITIZED
-from .sanitizer import sanitizers
-from .steps import profiles, rivals_and_losses, second_rivals, table
-from .task import Stage
+from benchmarks.gpu_suite.build import build
+from benchmarks.gpu_suite.checks import CONFIGURATIONS, LANES, correctness
+from benchmarks.gpu_suite.kernels import ceilings_and_products, row_passes_and_sweep
+from benchmarks.gpu_suite.sanitizer import LANES as SANITIZED
+from benchmarks.gpu_suite.sanitizer import sanitizers
+from benchmarks.gpu_suite.steps import profiles, rivals_and_losses, second_rivals, table
+from benchmarks.gpu_suite.task import Stage
 
 BUILD = Stage(build, 75, ("extension", "triton"))
 FIRST = {

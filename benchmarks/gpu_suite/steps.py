@@ -7,13 +7,24 @@ from itertools import islice
 
 import torch
 
-from ..cases import Inputs, peaked_head, with_teacher
-from ..variants import find_variant
-from . import cost_model
-from .contenders import EAGER, RIVALS, Loss, our_name, ours, rival
-from .settings import GPU_BACKENDS, PLANS, REPEATS, SHAPES, TOKENS, TOP_K, Batch, Settings, Shape, batch
-from .task import Task
-from .timing import Unavailable, peak_bytes, seconds, times
+from benchmarks.cases import Inputs, peaked_head, with_teacher
+from benchmarks.gpu_suite import cost_model
+from benchmarks.gpu_suite.contenders import EAGER, RIVALS, Loss, our_name, ours, rival
+from benchmarks.gpu_suite.settings import (
+    GPU_BACKENDS,
+    PLANS,
+    REPEATS,
+    SHAPES,
+    TOKENS,
+    TOP_K,
+    Batch,
+    Settings,
+    Shape,
+    batch,
+)
+from benchmarks.gpu_suite.task import Task
+from benchmarks.gpu_suite.timing import Unavailable, peak_bytes, seconds, times
+from benchmarks.variants import find_variant
 
 HOTTEST = 12  # kernels of a profile
 SETUP = 0.4  # seconds: the first batch of a shape, the first call of a kernel

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import style
-from . import cost_model
-from .runner import complaints
-from .settings import REPEATS, SHAPES, TOKENS, TOP_K
+from benchmarks import style
+from benchmarks.gpu_suite import cost_model
+from benchmarks.gpu_suite.runner import complaints
+from benchmarks.gpu_suite.settings import REPEATS, SHAPES, TOKENS, TOP_K
 
 BEGIN, END = "<!-- benchmark:gpu -->", "<!-- /benchmark:gpu -->"  # in README
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .settings import Settings
+from benchmarks.gpu_suite.settings import Settings
 
 
 class Task(NamedTuple):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .settings import Settings
-from .stages import STAGES
-from .timing import DeviceLost, attempt
+from benchmarks.gpu_suite.settings import Settings
+from benchmarks.gpu_suite.stages import STAGES
+from benchmarks.gpu_suite.timing import DeviceLost, attempt
 
 
 def own_output() -> Callable[..., None]:

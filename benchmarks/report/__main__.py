@@ -7,8 +7,8 @@ rewritten. The plots go beside the results, and each carries a digest of what it
 import argparse
 from pathlib import Path
 
-from .. import style
-from . import comparison, document
+from benchmarks import style
+from benchmarks.report import comparison, document
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 import statistics
 from typing import Any
 
-from .. import style
-from ..cases import CASES, TOP_K
-from .parts import NOTHING, Plot, source, table
+from benchmarks import style
+from benchmarks.cases import CASES, TOP_K
+from benchmarks.report.parts import NOTHING, Plot, source, table
 
 COMMAND = "python -m benchmarks.run --device cpu --out benchmarks/results/cpu.json"
 LENGTHS = "python -m benchmarks.run --tokens N --only recompute --out benchmarks/results/cpu.json"

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..gpu_suite import tables as gpu_tables
-from ..restore import report as restore_report
-from . import comparison, scaling, studies
-from .parts import Plot, source
+from benchmarks.gpu_suite import tables as gpu_tables
+from benchmarks.report import comparison, scaling, studies
+from benchmarks.report.parts import Plot, source
+from benchmarks.restore import report as restore_report
 
 RESTORE = "python -m benchmarks.restore --results benchmarks/results/restore.json"
 STATIC = "python -m benchmarks.static_report"
@@ -26,7 +26,7 @@ def restore(results: dict) -> str:
 
 
 def static(results: dict) -> str:
-    from ..static_report import markdown  # needs Triton
+    from benchmarks.static_report import markdown  # needs Triton
 
     return markdown(results)
 

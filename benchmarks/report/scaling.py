@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import style
-from .parts import NOTHING, Plot, caption, source, table
+from benchmarks import style
+from benchmarks.report.parts import NOTHING, Plot, caption, source, table
 
 COMMAND = "python -m benchmarks.run --scaling --out benchmarks/results/cpu.json"
 LABELS = {"recompute": "recompute", "default": "default budget", "dense": "PyTorch, full logits"}
@@ -163,7 +163,7 @@ def estimates(sections: dict[str, dict]) -> str:
     ]  # fmt: skip
     return (
         f"At the {len(ratios)} points of this package the measured peak was {min(ratios):.2f} to {max(ratios):.2f} "
-        "times what `dadpo_kernels.memory.estimate_memory` (`dadpo memory`) says beforehand, "
+        "times what `dadpo_kernels.estimate_memory` (`dadpo memory`) says beforehand, "
         f"{statistics.median(ratios):.2f} times in the median."
     )
 

@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from ..capture_report import report as capture_tables
-from ..trl_step import table as step_table
-from .parts import NOTHING, caption, table
+from benchmarks.capture_report import report as capture_tables
+from benchmarks.report.parts import NOTHING, caption, table
+from benchmarks.trl_step import table as step_table
 
 PHASES = "python -m benchmarks.phases --out benchmarks/results/phases.json"
 LIVE_COST = "python -m benchmarks.live_cost --out benchmarks/results/live_cost.json --plot docs/live_cost.png"

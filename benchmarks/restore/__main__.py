@@ -1,5 +1,5 @@
 """See the package's docstring. Worker processes can import from `experiment`, not from here."""
 
-from .experiment import main
+from benchmarks.restore.experiment import main
 
 main()

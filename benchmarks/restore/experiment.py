@@ -16,14 +16,13 @@ from torch.utils.data import Subset
 from transformers import AutoTokenizer
 
 from benchmarks.process import environment
-from dadpo_kernels.teacher.generate import write_records
-from dadpo_kernels.teacher.pairs import read_pairs
+from benchmarks.restore.measures import likelihood, preference_rate, sample, texture
+from benchmarks.restore.settings import METHODS, SETTINGS, TUNING_SEED, Point
+from benchmarks.restore.stages import Stage, load, prepare, train
+from dadpo_kernels.capture.generate import write_records
+from dadpo_kernels.capture.pairs import read_pairs
 from examples.quickstart.evaluate import measure
 from examples.quickstart.prune import DATA
-
-from .measures import likelihood, preference_rate, sample, texture
-from .settings import METHODS, SETTINGS, TUNING_SEED, Point
-from .stages import Stage, load, prepare, train
 
 
 class Run(NamedTuple):

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dadpo_kernels import linear_selected_logps
-from dadpo_kernels.lm_head import hidden_states, lm_head
-from dadpo_kernels.teacher.generate import Sampling, generate_answers, make_pairs
-from dadpo_kernels.teacher.pairs import IGNORE_INDEX, pad_pairs, tokenize_pairs
+from dadpo_kernels.cache.pairs import IGNORE_INDEX, pad_pairs
+from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
+from dadpo_kernels.capture.pairs import tokenize_pairs
+from dadpo_kernels.models.lm_head import hidden_states, lm_head
 from examples.quickstart.make_pairs import whole_sentences
 
 BATCH = 8

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import style
-
-from .settings import METHODS
+from benchmarks.restore.settings import METHODS
 
 FIXED = {"teacher": "teacher, sampled again", "pruned": "pruned", "reference": "after SFT, where all start"}
 # column: (figure, header, digits, which end is better)

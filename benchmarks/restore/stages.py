@@ -8,16 +8,15 @@ import torch
 from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dadpo_kernels.config import DaDPOConfig
-from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
-from dadpo_kernels.teacher.dataset import PairDataset
-from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
-from dadpo_kernels.trainer import DaDPOTrainer
+from benchmarks.restore.settings import SETTINGS, Setting
+from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.capture.local import capture_reference, capture_teacher
+from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs
+from dadpo_kernels.train.config import DaDPOConfig
+from dadpo_kernels.train.trainer import DaDPOTrainer
 from examples.quickstart.precision import bfloat16_is_fast
 from examples.quickstart.prune import DATA, prune
 from examples.smollm2 import smollm2_dir
-
-from .settings import SETTINGS, Setting
 
 SPLITS = ("train", "heldout")
 

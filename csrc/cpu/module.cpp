@@ -84,7 +84,7 @@ void use(const std::string& isa) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "Row passes and matrix products of the CPU backend. Takes addresses; use dadpo_kernels.backends.cpu.";
+    m.doc() = "Row passes and matrix products of the CPU backend. Takes addresses; use dadpo_kernels.ops.backends.cpu.";
 
     py::class_<Tile>(m, "Tile").def(
         py::init([](uintptr_t hidden, long rows, long width, long hidden_stride, uintptr_t weight, long weight_stride,

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from dadpo_kernels import dadpo_loss, topk_divergence
-from dadpo_kernels.integrations import patch
-from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
+from dadpo_kernels.cache.dataset import PairCollator, PairDataset
+from dadpo_kernels.models.patch import patch
 
 
 def train(model_name: str, cache: str, epochs: int = 1, pairs: int = 2, lr: float = 1e-4, **options) -> list[float]:

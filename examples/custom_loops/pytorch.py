@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dadpo_kernels import LinearDaDPOLoss, TeacherTargets, pair_counts
-from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
+from dadpo_kernels.cache.dataset import PairCollator, PairDataset
 
 
 class Student(nn.Module):

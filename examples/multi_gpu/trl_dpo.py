@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer, HfArgumentParser
 
-from dadpo_kernels.integrations.trl import DaDPOConfig, DaDPOTrainer
-from dadpo_kernels.teacher.dataset import PairDataset
+from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
 
 
 @dataclass

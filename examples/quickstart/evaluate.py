@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
 from dadpo_kernels import SelectedLogps, TeacherTargets, linear_selected_logps, topk_divergence
-from dadpo_kernels.lm_head import hidden_states, lm_head
-from dadpo_kernels.teacher.dataset import PairCollator, PairDataset
+from dadpo_kernels.cache.dataset import PairCollator, PairDataset
+from dadpo_kernels.models.lm_head import hidden_states, lm_head
 from examples.quickstart.precision import bfloat16_is_fast
 
 ROWS = {

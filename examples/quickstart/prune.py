@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dadpo_kernels.teacher.pairs import read_pairs, tokenize_pairs
+from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs
 from examples.smollm2 import smollm2_dir
 
 DATA = Path(__file__).parent / "data"

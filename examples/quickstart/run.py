@@ -13,9 +13,9 @@ import resource
 import time
 from pathlib import Path
 
-from dadpo_kernels.cli import main as dadpo
-from dadpo_kernels.teacher.errors import CacheError
-from dadpo_kernels.teacher.shards import REFERENCE, read_complete
+from dadpo_kernels.cache.errors import CacheError
+from dadpo_kernels.cache.shards import REFERENCE, read_complete
+from dadpo_kernels.cli.main import main as dadpo
 from examples.quickstart.evaluate import ROWS, evaluate, evaluate_teacher, reward_accuracy
 from examples.quickstart.plots import plot
 from examples.quickstart.precision import bfloat16_is_fast

@@ -18,19 +18,21 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-with atheris.instrument_imports(include=["dadpo_kernels.teacher"]):
-    from dadpo_kernels.teacher import dataset, prompt_logprobs, server, verify
-    from dadpo_kernels.teacher.errors import AnswerError, CacheError
+with atheris.instrument_imports(include=["dadpo_kernels.cache", "dadpo_kernels.capture"]):
+    from dadpo_kernels.cache import dataset, verify
+    from dadpo_kernels.cache.errors import CacheError
+    from dadpo_kernels.capture import prompt_logprobs, server
+    from dadpo_kernels.capture.errors import AnswerError
 
 import numpy as np
-from tiny import chat_records, tiny_llama, tiny_tokenizer
-from vllm_server import as_json, as_sglang
-from vllm_server import prompt_logprobs as true_prompt_logprobs
 
-from dadpo_kernels.teacher.capture import capture_reference, capture_teacher
-from dadpo_kernels.teacher.pairs import tokenize_pairs
+from dadpo_kernels.capture.local import capture_reference, capture_teacher
+from dadpo_kernels.capture.pairs import tokenize_pairs
+from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
+from tests.support.vllm_server import as_json, as_sglang
+from tests.support.vllm_server import prompt_logprobs as true_prompt_logprobs
 
 K, V = 4, 320
 IDS = [1, 17, 42, 5]

@@ -1,0 +1,77 @@
+"""Rows of a cache's shards, checked as they are read."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import CacheChecksumError, CacheFormatError
+from .format import TEACHER_SCHEMA, TOKEN_COLUMNS, read_pair
+from .pairs import Pair
+from .shards import Manifest, Shard
+
+
+class RowReader:
+    """Rows of a directory's shards by position. Shards stay open, as memory maps, up to a limit."""
+
+    OPEN_FILES = 256
+
+    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+        self._directory = directory
+        self._schema = schema
+        self._files: dict[str, pq.ParquetFile] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # a data-loading worker opens its own
+
+    def read(self, shard: Shard, row: int) -> dict[str, Any]:
+        """Row `row` of `shard` as Python values, page checksums verified."""
+        with self._reading(shard.file):
+            table = self._file(shard).read_row_group(row, use_threads=False)
+            found = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
+        if found["index"] != shard.index[row]:
+            raise CacheFormatError(
+                f"{shard.file} has pair {found['index']} in row {row}, the manifest says {shard.index[row]}"
+            )
+        return found
+
+    def read_columns(self, shard: Shard, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Some columns of all rows of `shard`."""
+        with self._reading(shard.file):
+            rows = self._file(shard).read(columns=list(columns), use_threads=False).to_pylist()
+        if [row["index"] for row in rows] != shard.index:
+            raise CacheFormatError(f"the pairs in {shard.file} are not those that the manifest lists")
+        return rows
+
+    def _file(self, shard: Shard) -> pq.ParquetFile:
+        if shard.file not in self._files:
+            if len(self._files) >= self.OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            file = pq.ParquetFile(self._directory / shard.file, memory_map=True, page_checksum_verification=True)
+            if file.schema_arrow.remove_metadata() != self._schema:
+                raise CacheFormatError(f"{shard.file} has other columns than the format: {file.schema_arrow.names}")
+            if file.metadata.num_rows != len(shard.index) or file.num_row_groups != len(shard.index):
+                raise CacheFormatError(
+                    f"{shard.file} has {file.metadata.num_rows} rows in {file.num_row_groups} row groups, "
+                    f"{len(shard.index)} of each are needed"
+                )
+            self._files[shard.file] = file
+        return self._files[shard.file]
+
+    @contextlib.contextmanager
+    def _reading(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        # A failed page checksum is an OSError; names in a damaged footer may not even be text.
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise CacheChecksumError(f"{self._directory / file} cannot be read ({error}): copy it again") from error
+
+
+def read_tokens(cache: Path, manifest: Manifest) -> list[Pair]:
+    """The token ids of all pairs of a teacher cache, in the order of their source."""
+    reader = RowReader(cache, TEACHER_SCHEMA)
+    rows = (row for shard in manifest.shards for row in reader.read_columns(shard, TOKEN_COLUMNS))
+    return sorted((read_pair(row) for row in rows), key=lambda pair: pair.index)

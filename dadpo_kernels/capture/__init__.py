@@ -1,0 +1,1 @@
+"""What fills a teacher cache: pairs are read, tokenized and scored by a model here or by an inference server."""

@@ -1,0 +1,59 @@
+"""What every capture of a teacher has in common, whatever runs the model: its settings and the files it writes."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..cache.format import check_ids
+from ..cache.pairs import tokens_sha256
+from ..cache.shard_run import TEACHER_ROWS, Score, run_pass
+from ..cache.shards import Manifest, writing
+from ..cache.vocabulary import VOCABULARY, vocabulary, vocabulary_file
+from .pairs import TokenizedPairs
+
+
+def teacher_settings(
+    tokenizer: Any,
+    data: TokenizedPairs,
+    k: int,
+    teacher_vocab_size: int,
+    student_vocab_size: int | None,
+    shard_tokens: int,
+) -> dict[str, Any]:
+    """What a resumed capture must agree in, whatever runs the teacher."""
+    vocab_size = min(teacher_vocab_size, student_vocab_size or teacher_vocab_size)
+    if not 0 <= k <= vocab_size:
+        raise ValueError(f"k={k} is outside [0, {vocab_size}], the vocabulary of teacher and student")
+    for pair in data.pairs:
+        for ids in pair.ids:
+            check_ids(f"pair {pair.index}", ids, vocab_size)
+    return {
+        "k": k,
+        "temperature": 1.0,
+        "vocab_size": vocab_size,
+        "teacher_vocab_size": teacher_vocab_size,
+        "max_length": data.max_length,
+        "shard_tokens": shard_tokens,
+        "pairs": len(data.pairs),
+        "source_sha256": data.source_sha256,
+        "tokens_sha256": tokens_sha256(data.pairs),
+        "tokenizer_sha256": hashlib.sha256(vocabulary_file(vocabulary(tokenizer))).hexdigest(),
+    }
+
+
+def write_teacher(
+    tokenizer: Any,
+    data: TokenizedPairs,
+    out: Path,
+    settings: dict[str, Any],
+    model: str,
+    score: Score,
+    *,
+    progress: bool,
+) -> Manifest:
+    """`run_pass` into a teacher cache."""
+    info = {"model": model, "truncated_answers": data.truncated, "skipped_pairs": data.skipped}
+    files = {VOCABULARY: vocabulary_file(vocabulary(tokenizer))}
+    with writing(out, "teacher", settings, info, files) as writer:
+        run_pass(data.pairs, writer, TEACHER_ROWS, score, shard_tokens=settings["shard_tokens"], progress=progress)
+    return writer.manifest

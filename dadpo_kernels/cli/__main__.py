@@ -1,0 +1,7 @@
+"""`python -m dadpo_kernels.cli`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

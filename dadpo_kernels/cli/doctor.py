@@ -1,0 +1,14 @@
+"""Says what is installed and built, which backend a call gets and why."""
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    from .doctor_report import report
+
+    print(report())
+    return 0

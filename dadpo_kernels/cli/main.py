@@ -1,0 +1,56 @@
+"""`dadpo COMMAND ...`: argparse only, and each command's modules are imported when it is called."""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "pairs": "sample preference pairs from teacher and student, or import a set",
+    "teacher": "run a teacher over preference pairs once and cache its targets",
+    "reference": "add a reference model's log-probabilities to a cache",
+    "cache": "check a cache, tell what it holds, or write it anew",
+    "train": "train a student from a cache of teacher targets",
+    "memory": "say which plan of the loss fits into memory, and what it costs",
+    "doctor": "say what is built, which backend is picked and why",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 1 for an error told on stderr, 2 for wrong usage, 130 for Ctrl-C."""
+    rows = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="dadpo",
+        description="Distribution-aware preference distillation, without full logits.",
+        epilog=f"commands:\n{rows}\n\n`dadpo COMMAND --help` shows a command's arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.add_argument("command", metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
+    args = parser.parse_args(argv)
+    if args.command not in COMMANDS:
+        near = difflib.get_close_matches(args.command, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {args.command!r}: {hint}")
+
+    module = importlib.import_module(f".{args.command}", __package__)
+    command = argparse.ArgumentParser(prog=f"dadpo {args.command}", description=module.__doc__)
+    module.configure(command)
+    try:
+        return module.run(command.parse_args(args.arguments))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        if args.traceback:
+            raise
+        print(f"dadpo {args.command}: {_tell(error)}", file=sys.stderr)
+        return 1
+
+
+def _tell(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dadpo_kernels"):
+        return f"the package {error.name!r} is missing: pip install 'dadpo-kernels[train]'"
+    return str(error) or type(error).__name__

@@ -1,0 +1,116 @@
+"""Trains a student from a cache of teacher targets.
+
+The configuration is a YAML file; any of its keys can be given again after it, as `--key value`. Keys are those of
+transformers' TrainingArguments and the ones below. An interrupted run goes on from its last checkpoint."""
+
+import argparse
+import difflib
+import json
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class TrainSources:
+    """What is trained on what."""
+
+    model: str = field(metadata={"help": "The student: a directory or a name on the hub."})
+    cache: str = field(metadata={"help": "Directory of `dadpo teacher` to train on."})
+    eval_cache: str | None = field(default=None, metadata={"help": "Directory of `dadpo teacher` to evaluate on."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the hub."})
+    weights_dtype: str = field(
+        default="float32",
+        metadata={"help": "Type the parameters are kept in; for mixed precision keep float32 and set bf16."},
+    )
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", type=Path, help="YAML file")
+    parser.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys that win over the file's"
+    )
+    from ..train.config import DaDPOConfig
+
+    own = [*fields(TrainSources), *_own_fields(DaDPOConfig)]
+    lines = "\n".join(f"  {f.name:<16} {f.metadata['help']}" for f in own).replace("%", "%%")
+    parser.epilog = f"keys beside those of TrainingArguments:\n{lines}"
+
+
+def _own_fields(config: Any) -> list[Field]:
+    own = config.__annotations__
+    return [f for f in fields(config) if f.name in own]
+
+
+def parse_config(path: Path, overrides: list[str]) -> tuple[TrainSources, Any]:
+    """`(TrainSources, DaDPOConfig)` from a YAML file and `--key value` overrides.
+
+    Raises:
+        ValueError: no mapping, an unknown key (the nearest right one is named), or a value of the wrong type.
+    """
+    import yaml
+    from transformers import HfArgumentParser
+
+    from ..train.config import DaDPOConfig
+
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no `key: value` lines")
+    known = {f.name for f in [*fields(TrainSources), *fields(DaDPOConfig)] if f.init}
+    given = [word[2:].split("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
+    for key in [*settings, *given]:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else f" in {path}"))
+
+    # Through the command line's parser: it checks types, and YAML's readings (1e-4 is a string there) do not matter.
+    words: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    groups: list[Any] = [TrainSources, DaDPOConfig]
+    parser = HfArgumentParser(groups, allow_abbrev=False)
+
+    def refuse(message: str) -> None:
+        raise ValueError(f"{path}: {message}")
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    sources, config = parser.parse_args_into_dataclasses(args=[*words, *overrides])
+    return sources, config
+
+
+def run(args: argparse.Namespace) -> int:
+    sources, config = parse_config(args.config, args.overrides)
+
+    from transformers import AutoModelForCausalLM, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..cache.dataset import PairDataset
+    from ..capture.load import load_tokenizer
+    from ..train.trainer import DaDPOTrainer
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(sources.model, revision=sources.revision)
+    model = AutoModelForCausalLM.from_pretrained(sources.model, revision=sources.revision, dtype=sources.weights_dtype)
+    vocab_size = model.get_output_embeddings().out_features  # the weight may be sharded
+
+    def pairs(cache: str) -> PairDataset:
+        return PairDataset(cache, tokenizer=tokenizer, vocab_size=vocab_size, require_reference=config.beta_ref > 0)
+
+    evaluation = pairs(sources.eval_cache) if sources.eval_cache else None
+    trainer = DaDPOTrainer(model, config, pairs(sources.cache), evaluation, tokenizer)
+    out = Path(config.output_dir)
+    checkpoint = config.resume_from_checkpoint or (get_last_checkpoint(out) if out.is_dir() else None)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics["tokens_per_second"] = trainer.tokens_seen / metrics["train_runtime"]
+    trainer.save_metrics("train", metrics, combined=False)
+    if evaluation is not None:
+        results = trainer.evaluate()
+        trainer.save_metrics("eval", results, combined=False)
+        trainer.log_metrics("eval", results)
+    trainer.save_state()
+    trainer.save_model()
+    return 0

@@ -1,0 +1,1 @@
+"""What happens inside a tile of the vocabulary, one module a backend; `registry` picks one."""

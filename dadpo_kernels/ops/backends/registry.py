@@ -1,0 +1,53 @@
+"""Backends by name, and which one a call gets.
+
+A backend is a `Tiles` class (see `tiled.py`) and an `obstacle` function that tells why it cannot take a call.
+`reference`, the dense oracle, is not tiled.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ..live.cpu_pass import CpuLive
+from ..live.live_pass import LivePass
+from . import cpu, cuda, torch_, triton_
+from .base import Tiles
+
+
+class Backend(NamedTuple):
+    tiles: type[Tiles]
+    obstacle: Callable[[torch.device, torch.dtype], str | None]  # why it cannot take such tensors, or None
+    devices: tuple[str, ...]  # where "auto" considers it
+    live: type[LivePass] = LivePass  # its live plan
+
+
+# In order of preference. `triton` stays behind `triton_rows`, whose products are cuBLAS's, until a GPU has timed both.
+BACKENDS = {
+    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
+    "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
+    "triton_rows": Backend(triton_.TritonTiles, triton_.obstacle, ("cuda",)),
+    "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
+    "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
+}
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that a call with tensors of this device and dtype runs on.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run this call, with the reason.
+    """
+    if backend == "reference":
+        return backend
+    if backend == "auto":
+        for name, candidate in BACKENDS.items():
+            if device.type in candidate.devices and candidate.obstacle(device, dtype) is None:
+                return name
+        return "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of auto, reference, {', '.join(BACKENDS)}")
+    reason = BACKENDS[backend].obstacle(device, dtype)
+    if reason:
+        raise ValueError(f'backend="{backend}" cannot run this call: {reason}; use backend="torch" or "auto"')
+    return backend

@@ -1,0 +1,195 @@
+"""The primitive on a head whose vocabulary is spread over the ranks of a process group (tensor parallelism).
+
+Rank r holds some rows of the weight, `[V_r, H]`, and nothing else of it. All ranks hold the same hidden states and
+ids. Each makes the pass of `selected_logps.py` over its own columns; what is left to do is to merge numbers per token:
+
+    forward    max over the ranks of the tail's largest logit and of the selected logits     N (K + 2) float32
+               sum over the ranks of the tail's sum, brought to the common maximum           N float64
+    backward   sum over the ranks of the gradient of hidden                                  N H float32
+
+N counts the tokens that are not masked. The tail is merged by its maximum and sum, never by subtraction. A selected
+logit has one owner and is -inf elsewhere, so its maximum is its value. The weight's gradient stays where it arises.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
+
+from . import head_checks as checks
+from .backends.base import State, run_statistics
+from .backends.registry import resolve
+from .plan import DEFAULT_BUDGET
+from .selected_logps import Compacted, SelectedLogps, buffer_bytes, spread
+
+
+def vocab_parallel_selected_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    topk_ids: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> SelectedLogps:
+    """`linear_selected_logps` of the whole vocabulary, from a shard of the head on each rank of `group`.
+
+    Every rank returns the same values and gets the same gradient of `hidden`, the whole one; the gradients of `weight`
+    and `bias` are those of the rank's rows. So every rank computes the same loss and calls backward on it, and the
+    result is that of one process (no factor for the number of ranks). Forward and backward are collective.
+
+    Communication per rank and call, N tokens that are not masked: an all-reduce of `N (K + 2)` float32 and one of `N`
+    float64 in the forward, one of `N H` float32 in the backward, and a few integers. Nothing grows with V.
+
+    Args:
+        hidden: `[..., H]`, the same on every rank.
+        weight: the rank's rows of the head, in rank order, `[V_r, H]`: a plain tensor, or a DTensor `[V, H]` that is
+            `Shard(0)` on a one-dimensional mesh over `group`. Shards need not be equal.
+        labels, topk_ids: `[...]` and `[..., K]`, ids of the whole vocabulary, the same on every rank.
+        group: the ranks that share the vocabulary.
+        bias: `[V_r]`, or a DTensor `[V]` like weight.
+        memory_budget: bytes per rank.
+        logit_scale, softcap, temperature, ignore_index, backend: as in `linear_selected_logps`; not "reference".
+
+    Raises:
+        TypeError, ValueError: as `linear_selected_logps`; a shard without rows; labels that differ between the ranks;
+            a DTensor with another layout.
+
+    Source: the vocabulary-parallel cross entropy of Megatron-LM (arXiv 1909.08053), extended by top k and tail.
+    """
+    if backend == "reference":
+        raise ValueError('backend="reference" is dense, it would need the whole head; use "auto" or "torch"')
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"memory_budget={memory_budget} is negative; pass bytes, 0 to keep nothing, or None")
+    weight = _local("weight", weight, group)
+    bias = None if bias is None else _local("bias", bias, group)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    shape = hidden.shape[:-1]
+    first, vocab = _place(weight, labels, topk_ids, ignore_index, group)
+    checks.check_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    checks.check_ids("labels", labels, shape, hidden.device)
+    if topk_ids is not None:
+        checks.check_ids("topk_ids", topk_ids, shape, hidden.device, extra=1)
+        topk_ids = topk_ids.reshape(labels.numel(), topk_ids.shape[-1])
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    tracked = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    options = _Options(
+        (logit_scale, softcap, temperature),
+        ignore_index,
+        resolve(backend, hidden.device, hidden.dtype),
+        buffer_bytes(flat, weight, budget) if tracked and torch.is_grad_enabled() else 0,
+        first,
+        vocab,
+    )
+    label, topk, tail = _VocabParallel.apply(flat, weight, bias, labels.reshape(-1), topk_ids, options, group)
+    return SelectedLogps(label.view(shape), topk.view(*shape, topk.shape[-1]), tail.view(shape))
+
+
+class _Options(NamedTuple):
+    """The arguments of `Compacted` behind the tensors."""
+
+    transform: tuple[float, float | None, float]
+    ignore_index: int
+    backend: str
+    retained_bytes: int
+    first: int
+    vocab: int
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        topk_ids: Tensor | None,
+        options: _Options,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, ...]:
+        c = Compacted(hidden, weight, bias, labels, topk_ids, *options)
+        retained = c.tiles.empty(options.retained_bytes, dtype=torch.uint8, device=hidden.device)
+        outputs = c.logps(_merged(run_statistics(c.tiles, c.plan, retained), group))
+        label, topk, tail, state = (spread(values, c.index, labels) for values in outputs)
+        ctx.options, ctx.group = options, group
+        ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained)
+        return label, topk, tail
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, topk_ids, *outputs, state, retained = ctx.saved_tensors
+        c = Compacted(hidden, weight, bias, labels, topk_ids, *ctx.options)
+        g = c.gradients(outputs, grads, state, retained, ctx.needs_input_grad[:3])
+        index = c.index
+        del c  # its copies of hidden and its workspace make room for the gradient of all tokens
+        grad_hidden = None
+        if g.hidden is not None:
+            # Each rank adds its columns' share in float32; rounded once, after the sum.
+            total = g.hidden.contiguous()
+            if len(total):
+                dist.all_reduce(total, group=ctx.group)
+            grad_hidden = spread(total.to(hidden.dtype), index, hidden)
+        grad_bias = None if g.bias is None else g.bias.to(hidden.dtype)
+        return grad_hidden, g.weight, grad_bias, None, None, None, None
+
+
+def _merged(state: State, group: dist.ProcessGroup) -> State:
+    """The state of all ranks' columns from that of this rank's."""
+    if not len(state.max):
+        return state
+    highest = torch.cat([state.max[:, None], state.selected], 1)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    common = highest[:, 0].contiguous()
+    total = state.sum * (state.max - common.masked_fill(common == -torch.inf, 0)).double().exp()
+    dist.all_reduce(total, group=group)
+    return State(common, total, highest[:, 1:].contiguous())
+
+
+def _local(name: str, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of a plain tensor or DTensor; gradients find their way back."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    if mesh.ndim != 1 or tensor.placements != (Shard(0),) or mesh.get_group() != group:
+        raise ValueError(
+            f"{name} is a DTensor with placements {tensor.placements} on {mesh}; it must be Shard(0) on a "
+            "one-dimensional mesh over `group`: redistribute it, or pass the rank's rows as a plain tensor"
+        )
+    return tensor.to_local()
+
+
+def _place(
+    weight: Tensor, labels: Tensor, topk_ids: Tensor | None, ignore_index: int, group: dist.ProcessGroup
+) -> tuple[int, int]:
+    """The id of this rank's first row and the size of the vocabulary; all ranks raise if the labels differ."""
+    k = 0 if topk_ids is None else topk_ids.shape[-1]
+    mine = labels.new_tensor([len(weight), labels.numel(), k, 0, 0], dtype=torch.int64)
+    mine[3], mine[4] = (labels != ignore_index).sum(), labels.sum()
+    every = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(every, mine, group=group)
+    sizes, *same = torch.stack(every, 1).tolist()
+    names = ("number of labels", "k", "number of labels that count", "sum of labels")
+    for name, values in zip(names, same, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"the ranks of the group differ in their {name}: {values}; all ranks that share a vocabulary need the "
+                "same batch: do not shard the data over them"
+            )
+    if 0 in sizes:
+        raise ValueError(f"the ranks of the group hold {sizes} rows of weight; every rank needs at least one")
+    return sum(sizes[: group.rank()]), sum(sizes)

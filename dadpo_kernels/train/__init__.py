@@ -1,0 +1,1 @@
+"""Trainers: transformers' and TRL's, with the fused loss."""

@@ -1,0 +1,1 @@
+"""TRL's DPOTrainer on the fused primitive."""

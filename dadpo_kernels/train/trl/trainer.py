@@ -1,0 +1,330 @@
+"""TRL's `DPOTrainer` (1.16) on the fused primitive, with a teacher.
+
+Two seams, and everything else is TRL's. *Below*: TRL's trainer asks its model for per-token log-probabilities by
+`model(..., labels=labels, fused_lm_head=True)`; that forward is ours. *Above*: with `beta = beta_ref + beta_teacher`,
+daDPO is DPO against the reference log-probabilities `(beta_ref ref + beta_teacher teacher) / beta`, so a batch that
+brings these gives every loss type, f-divergence and weighting of TRL its teacher term. The token-level divergence is
+then added to TRL's loss.
+"""
+
+import functools
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model, send_to_device
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import create_model_from_path
+
+from ...cache.dataset import PairDataset
+from ...losses.divergence import check_divergence_options, topk_divergence
+from ...losses.linear_loss import Answers, pair_counts
+from ...losses.targets import TeacherTargets
+from ...ops.selected_logps import SelectedLogps
+from .dataset import TEACHER_KEYS, PairPreferenceCollator, as_trl_dataset, cached_pairs
+from .head import FusedSelectedOutput, add_fused_lm_head, instead_of_trls, run_fused
+
+_TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+
+
+@dataclass
+class DaDPOConfig(DPOConfig):
+    """TRL's DPOConfig and the teacher. `beta` is the strength of the reference, as in TRL (`beta_ref` elsewhere here).
+
+    With `beta_teacher=0` and `kl_weight=0` it is DPOConfig. The options mean what they mean in `linear_dadpo_loss`.
+    """
+
+    beta_teacher: float = field(
+        default=0.0, metadata={"help": "Strength of the log-ratio to the teacher; 0 leaves it out."}
+    )
+    kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the divergence from the teacher's top-k and tail, per token."}
+    )
+    kl_on: str = field(
+        default="both", metadata={"help": "Answers the divergence is taken on: both, chosen or rejected."}
+    )
+    divergence: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl or js."})
+    support: str = field(
+        default="tail",
+        metadata={"help": "Outcomes compared: tail (top-k and the rest as one), renormalized or truncated."},
+    )
+    js_mix: float = field(default=0.5, metadata={"help": "The teacher's weight in the mixture of js, in (0, 1)."})
+    kd_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both sides in the divergence; needs support=renormalized."}
+    )
+    token_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Log TRL's entropy, logits/* and mean_token_accuracy: one more product with the LM head a step."
+        },
+    )
+    backend: str = field(default="auto", metadata={"help": "Kernels of the LM head; see `dadpo doctor`."})
+    memory_budget: int | None = field(
+        default=None,
+        metadata={"help": "Bytes kept between forward and backward of the head to save work; default 256 MiB."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divergence_options(self.divergence, self.support, self.js_mix, self.kd_temperature)
+        for name in ("beta", "beta_teacher", "kl_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.kl_on not in get_args(Answers):
+            raise ValueError(f"unknown kl_on {self.kl_on!r}: choose one of {', '.join(get_args(Answers))}")
+        if self.beta + self.beta_teacher == 0:
+            raise ValueError(
+                "beta and beta_teacher are both 0, which leaves no preference: make one of them positive, or distil "
+                "with dadpo_kernels.DaDPOTrainer"
+            )
+
+
+class DaDPOTrainer(DPOTrainer):
+    """TRL's DPOTrainer with our log-probabilities underneath and a teacher on top.
+
+    All of TRL's arguments, options and metrics keep their meaning. Datasets may be TRL's, or `PairDataset`s: teacher
+    caches, whose pairs are tokenized already. A cache with reference log-probabilities (`dadpo reference`) needs no
+    reference model, and none is loaded; else TRL's is used (a copy of the model, a given `ref_model`, or with PEFT the
+    model without its adapter). The teacher's terms need caches.
+
+    The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches and processes:
+    micro-batches with few tokens do not count more (in evaluation, it is a mean over each batch of all processes).
+    TRL's own terms are means over pairs, as in TRL. Further metrics: `distill/kl`, `distill/teacher_mass` and
+    `distill/student_mass` (the masses of the top-k), means over tokens.
+
+    Raises:
+        TypeError: `args` is a plain DPOConfig.
+        ValueError: options or datasets that contradict each other, or a head that `lm_head` refuses.
+    """
+
+    args: DaDPOConfig
+    model: nn.Module
+    _signature_columns: Any
+
+    _tag_names = ["trl", "dpo", "dadpo"]  # noqa: RUF012  # as in TRL
+    _name = "daDPO"
+    _paper = {  # noqa: RUF012
+        "title": "daDPO: Distribution-Aware DPO for Distilling Conversational Abilities",
+        "id": "2506.15717",
+        "citation": textwrap.dedent("""\
+            @inproceedings{zhang-etal-2025-dadpo,
+                title     = {{daDPO: Distribution-Aware DPO for Distilling Conversational Abilities}},
+                author    = {Zhengze Zhang and Shiqi Wang and Yiqun Shen and Simin Guo and Dahua Lin and Xiaoliang Wang and Nguyen Cam-Tu and Fei Tan},
+                year      = 2025,
+                booktitle = {Findings of the Association for Computational Linguistics: ACL 2025},
+                url       = {https://aclanthology.org/2025.findings-acl.796/},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DaDPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = DaDPOConfig()
+        if not isinstance(args, DaDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a DaDPOConfig, it takes all that DPOConfig takes")
+        sets = {"train_dataset": train_dataset}
+        sets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        sets = {name: data for name, data in sets.items() if data is not None}
+        for name, data in sets.items():
+            _check_dataset(name, data, args)
+        ours: dict[str, Any] = {
+            "add_fused_lm_head": functools.partial(
+                add_fused_lm_head, token_metrics=args.token_metrics, backend=args.backend,
+                memory_budget=args.memory_budget,
+            )
+        }  # fmt: skip
+        if args.beta == 0 or all(isinstance(data, PairDataset) and data.has_reference for data in sets.values()):
+            args.precompute_ref_log_probs = True  # TRL then keeps no reference model
+            ours["create_model_from_path"] = self._load_policy_only
+        with instead_of_trls(**ours):
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                data_collator,
+                as_trl_dataset(train_dataset),
+                as_trl_dataset(eval_dataset),
+                **kwargs,
+            )
+        if data_collator is None and not self._is_vision_dataset:
+            self.data_collator = PairPreferenceCollator(self.data_collator)
+        self.beta = args.beta + args.beta_teacher
+        self._step_counts: Tensor | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first:
+            self._signature_columns.append("position")
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Caches are tokenized: TRL would look for text in them."""
+        return dataset if cached_pairs(dataset) else super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Not what is there already, nor what nobody needs."""
+        columns = dataset.column_names or ()
+        if self.args.beta == 0 or cached_pairs(dataset) or "ref_chosen_logps" in columns:
+            return dataset
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Also counts what the step's divergence is a mean over: `pair_counts`, over micro-batches and processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.kl_weight and batches:
+            counts = torch.stack([_counts(batch["completion_mask"]) for batch in batches]).sum(0)
+            self._step_counts = self.accelerator.reduce(counts.to(device), "sum")
+        return batches, items
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's; for caches without what it does to text and to missing reference log-probabilities."""
+        if isinstance(eval_dataset, PairDataset):
+            _check_dataset("eval_dataset", eval_dataset, self.args)
+            return super(DPOTrainer, self).evaluate(as_trl_dataset(eval_dataset), *args, **kwargs)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """TRL's; but under DeepSpeed log-probabilities are not rounded to the compute dtype."""
+        names = (*TEACHER_KEYS, "ref_chosen_logps", "ref_rejected_logps")
+        logps = {name: inputs[name] for name in names if name in inputs}
+        return super()._prepare_inputs(inputs) | send_to_device(logps, self.args.device)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        columns = [inputs.pop(name, None) for name in TEACHER_KEYS]  # not for the model: TRL passes on what it gets
+        teacher = None if columns[0] is None else TeacherTargets(*columns)
+        if teacher is None and (self.args.beta_teacher or self.args.kl_weight):
+            raise ValueError(
+                "beta_teacher and kl_weight need a teacher, and the batch has none: train on a PairDataset, or give "
+                f"{', '.join(TEACHER_KEYS)} in your data_collator as PairPreferenceCollator does"
+            )
+        self._reference(inputs, teacher)
+        policy_outputs: list[FusedSelectedOutput] = []
+
+        def policy(**kwargs: Any) -> Any:
+            if "labels" not in kwargs:  # TRL asks for logits, for compute_metrics
+                return model(**kwargs)
+            ids = {"topk_ids": teacher.topk_ids} if teacher is not None and self.args.kl_weight else {}
+            policy_outputs.append(run_fused(model, **kwargs, **ids))
+            return policy_outputs[0]
+
+        # TRL reads the reference from the batch where it was precomputed. Ours is there by now in every case.
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            result = super()._compute_loss(policy, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if not self.args.token_metrics:
+            for name in _TOKEN_METRICS:
+                metrics.pop(name, None)
+        if teacher is None or not self.args.kl_weight:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        loss = loss + self.args.kl_weight * self._divergence(
+            policy_outputs[0].selected_logps, teacher, inputs["completion_mask"], metrics
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def _load_policy_only(self, *args: Any, **kwargs: Any) -> nn.Module | None:
+        """Not the reference, which TRL loads under FSDP all the same; it does so when the Trainer has its policy."""
+        return None if hasattr(self, "model") else create_model_from_path(*args, **kwargs)
+
+    def _reference(self, inputs: dict[str, Any], teacher: TeacherTargets | None) -> None:
+        """Puts `(beta ref + beta_teacher teacher) / (beta + beta_teacher)` into the batch, a sum per answer."""
+        mask = inputs["completion_mask"]
+        if self.args.beta == 0:
+            reference = torch.zeros(2, len(mask) // 2, device=mask.device)
+        elif "ref_chosen_logps" in inputs:
+            reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        elif self.ref_model is None and not is_peft_model(self.model):
+            raise ValueError(
+                f"beta={self.args.beta} needs a reference, and neither this data nor the trainer has one: run "
+                "`dadpo reference` on the cache, or pass ref_model"
+            )
+        else:
+            run = functools.partial(run_fused, self.ref_model or self.model)
+            reference = torch.stack(self.compute_ref_log_probs(run, inputs))
+        if teacher is not None and self.args.beta_teacher:
+            told = _answer_logps(teacher, _aligned(mask), self.ld_alpha)
+            reference = (self.args.beta * reference + self.args.beta_teacher * told.view(2, -1)) / self.beta
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
+
+    def _divergence(
+        self, student: SelectedLogps, teacher: TeacherTargets, mask: Tensor, metrics: dict[str, list[float]]
+    ) -> Tensor:
+        """This micro-batch's share of the step's mean divergence, as the Trainer wants it scaled; logs the metrics."""
+        valid = _aligned(mask) > 0
+        teacher.checked_topk(valid, torch.iinfo(torch.int32).max)  # the head has checked the ids by now
+        pairs = len(mask) // 2
+        rows, counted = {
+            "both": (slice(None), slice(1, 3)),
+            "chosen": (slice(pairs), slice(1, 2)),
+            "rejected": (slice(pairs, None), slice(2, 3)),
+        }[self.args.kl_on]
+        valid = valid[rows]
+        per_token = topk_divergence(
+            student.topk[rows], student.tail[rows], teacher.topk_logps[rows], teacher.topk_tail[rows],
+            kind=self.args.divergence, support=self.args.support,  # type: ignore[arg-type]
+            js_mix=self.args.js_mix, kd_temperature=self.args.kd_temperature,
+        )  # fmt: skip
+        total = per_token.masked_fill(~valid, 0).sum()
+        masses = [x[rows].detach().exp().sum(-1) for x in (teacher.topk_logps, student.topk)]
+        sums = torch.stack([x.masked_fill(~valid, 0).sum() for x in (per_token.detach(), *masses)])
+        tokens = self.accelerator.reduce(valid.sum(), "sum").clamp(min=1)
+        means = self.accelerator.reduce(sums, "sum") / tokens
+        for name, mean in zip(("kl", "teacher_mass", "student_mass"), means.tolist(), strict=True):
+            metrics[f"distill/{name}"].append(mean)
+        scale = self.accelerator.num_processes  # over which losses and gradients are averaged
+        if self.model.training and self._step_counts is not None:
+            tokens = self._step_counts[counted].sum().clamp(min=1)
+            scale *= self.current_gradient_accumulation_steps  # by which the Trainer divides
+        return total * scale / tokens
+
+
+def _aligned(completion_mask: Tensor) -> Tensor:
+    """TRL's mask says which tokens count; here, which positions predict one."""
+    return F.pad(completion_mask[:, 1:], (0, 1))
+
+
+def _counts(completion_mask: Tensor) -> Tensor:
+    return pair_counts(_aligned(completion_mask), ignore_index=0)
+
+
+def _answer_logps(teacher: TeacherTargets, mask: Tensor, ld_alpha: float | None) -> Tensor:
+    """`[2B]`: the teacher's log-probability of each answer, with TRL's weight of what one answer is longer by."""
+    if ld_alpha is not None:
+        shared = torch.minimum(*mask.sum(1).chunk(2)).repeat(2)
+        beyond = mask.cumsum(1) > shared[:, None]
+        weights = torch.ones_like(teacher.label_logps).masked_fill(beyond, ld_alpha)
+        teacher = teacher._replace(label_logps=teacher.label_logps * weights)
+    return teacher.answer_logps(mask > 0)
+
+
+def _check_dataset(name: str, data: Any, args: DaDPOConfig) -> None:
+    """What can be known of a cache before the first batch."""
+    if not isinstance(data, PairDataset):
+        return
+    captured = data.manifest.settings["max_length"]
+    if args.max_length is not None and (captured is None or captured > args.max_length):
+        raise ValueError(
+            f"{name} was captured with max_length={captured} and args have max_length={args.max_length}: a cache is "
+            "used as it is. Set max_length=None, or capture again with a smaller one"
+        )
+    if args.ld_alpha not in (None, 1.0) and args.beta and data.has_reference:
+        raise ValueError(
+            f"ld_alpha={args.ld_alpha} weighs the reference's tokens, and the reference log-probabilities of {name} "
+            "are sums over whole answers: leave ld_alpha at None, or use a cache without them and a reference model"
+        )

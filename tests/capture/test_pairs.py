@@ -1,0 +1,139 @@
+"""From JSONL to token ids and padded batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dadpo_kernels.cache.pairs import Pair, pad_pairs
+from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs
+from tests.support.tiny import TEMPLATE, chat_records, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENIZER = tiny_tokenizer()
+CHAT = {
+    "prompt": [{"role": "user", "content": "the answer"}],
+    "chosen": [{"role": "assistant", "content": "a long one"}],
+    "rejected": [{"role": "assistant", "content": "short"}],
+}
+
+
+def test_conversations_split_into_prompt_and_answers():
+    (pair,) = tokenize_pairs([CHAT], TOKENIZER).pairs
+    assert TOKENIZER.decode(pair.prompt_ids) == "<|start|>user\nthe answer<|end|>\n<|start|>assistant\n"
+    assert TOKENIZER.decode(pair.chosen_ids) == "a long one<|end|>\n"
+    assert TOKENIZER.decode(pair.rejected_ids) == "short<|end|>\n"
+
+
+def test_strings_get_the_end_token_once():
+    record = {"prompt": "the answer", "chosen": " a long one", "rejected": " short<|eos|>"}
+    (pair,) = tokenize_pairs([record], TOKENIZER).pairs
+    assert TOKENIZER.decode(pair.prompt_ids) == "the answer"
+    assert TOKENIZER.decode(pair.chosen_ids) == " a long one<|eos|>"
+    assert TOKENIZER.decode(pair.rejected_ids) == " short<|eos|>"
+
+
+def test_template_arguments_of_the_record_reach_the_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ style }}{% if tools %}{{ tools[0]['name'] }}{% endif %}" + TEMPLATE
+    record = {**CHAT, "tools": json.dumps([{"name": "looks"}]), "chat_template_kwargs": {"style": "short"}}
+    (pair,) = tokenize_pairs([record], tokenizer).pairs
+    assert tokenizer.decode(pair.prompt_ids).startswith("shortlooks<|start|>user")
+
+
+def test_max_length_keeps_the_start_and_is_counted():
+    (full,) = tokenize_pairs([CHAT], TOKENIZER).pairs
+    prompt = len(full.prompt_ids)
+    shorter = prompt + len(full.rejected_ids)
+    assert len(full.rejected_ids) < len(full.chosen_ids)
+    data = tokenize_pairs([CHAT], TOKENIZER, shorter)
+    assert (data.truncated, data.skipped) == (1, [])
+    np.testing.assert_array_equal(data.pairs[0].chosen_ids, full.chosen_ids[: shorter - prompt])
+    np.testing.assert_array_equal(data.pairs[0].rejected_ids, full.rejected_ids)
+    long = {**CHAT, "prompt": [{"role": "user", "content": "the answer " * 9}]}
+    data = tokenize_pairs([long, CHAT], TOKENIZER, prompt + 1)
+    assert (data.truncated, data.skipped) == (2, [0])
+    assert [pair.index for pair in data.pairs] == [1]
+    with pytest.raises(ValueError, match=f"max_length={prompt}"):
+        tokenize_pairs([CHAT], TOKENIZER, prompt)
+
+
+def test_a_prompt_that_is_no_prefix_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages|length }}" + TEMPLATE
+    with pytest.raises(ValueError, match=r"pair 0: the tokens of the prompt are not a prefix .* from token 0 .*'1<"):
+        tokenize_pairs([CHAT], tokenizer)
+    with pytest.raises(ValueError, match="end the prompt on a token boundary"):  # "th" + "e" is one token
+        tokenize_pairs([{"prompt": "the th", "chosen": "e", "rejected": "e"}], TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "lacks prompt"),
+        ({"prompt": "a", "chosen": "a", "rejected": 3}, "must all be strings"),
+        ({**CHAT, "chosen": "a"}, "must all be strings"),
+        ({**CHAT, "chosen": ["a"]}, "must all be strings"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt has no tokens"),
+        ([1], "is no object"),
+    ],
+)
+def test_malformed_records_are_named(tmp_path, record, message):
+    with pytest.raises(ValueError, match=f"pair 0.*{message}"):
+        tokenize_pairs([record], TOKENIZER)
+
+
+def test_missing_chat_template_and_empty_answers():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenize_pairs([CHAT], tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="pair 0: rejected has no tokens"):
+        tokenize_pairs([{"prompt": "the", "chosen": " a", "rejected": ""}], tokenizer)
+
+
+def test_reading_jsonl(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    records = chat_records(3)
+    path.write_text("\n\n".join(json.dumps(record) for record in records) + "\n")
+    assert read_pairs(path) == records
+    assert read_pairs(path, limit=2) == records[:2]
+    path.write_text(json.dumps(records[0]) + '\n{"prompt": "a"')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        read_pairs(path)
+    path.write_text('{"prompt": "a"}')
+    with pytest.raises(ValueError, match="line 1: lacks chosen, rejected"):
+        read_pairs(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="no pairs"):
+        read_pairs(path)
+
+
+def test_the_source_is_known_by_its_content():
+    first, second = chat_records(2)
+    fingerprint = tokenize_pairs([first], TOKENIZER).source_sha256
+    assert tokenize_pairs([dict(reversed(first.items()))], TOKENIZER).source_sha256 == fingerprint
+    assert tokenize_pairs([second], TOKENIZER).source_sha256 != fingerprint
+
+
+IDS = st.lists(st.integers(1, 300), min_size=1, max_size=7).map(lambda ids: np.array(ids, np.int32))
+
+
+@given(st.lists(st.builds(Pair, st.just(0), IDS, IDS, IDS), min_size=1, max_size=4))
+def test_padding_and_label_alignment(pairs):
+    input_ids, attention_mask, labels = pad_pairs(pairs, pad_token_id=0)
+    assert input_ids.shape == attention_mask.shape == labels.shape
+    assert input_ids.shape[1] == max(pair.length for pair in pairs)
+    for row, (pair, answer) in enumerate([(p, p.chosen_ids) for p in pairs] + [(p, p.rejected_ids) for p in pairs]):
+        sequence = [*pair.prompt_ids, *answer]
+        assert input_ids[row].tolist() == sequence + [0] * (input_ids.shape[1] - len(sequence))
+        assert attention_mask[row].sum() == len(sequence)
+        assert labels[row][labels[row] != -100].tolist() == list(answer)
+        (at,) = torch.where(labels[row] != -100)
+        assert labels[row, at].tolist() == input_ids[row, at + 1].tolist()  # aligned: t predicts t + 1
+        assert at[0] == len(pair.prompt_ids) - 1

@@ -1,0 +1,244 @@
+"""The shapes preference sets come in, where they come from, and pairs that are sampled."""
+
+import json
+import os
+import signal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dadpo_kernels.cache.errors import CacheSettingsError
+from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
+from dadpo_kernels.capture.pairs import read_pairs, read_prompts, tokenize_pairs
+from dadpo_kernels.capture.sources import as_pair
+from dadpo_kernels.cli.main import main
+from tests.capture.test_local import processes  # noqa: F401  # a fixture
+from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENIZER = tiny_tokenizer()
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+CHAT = {"prompt": [user("a")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
+TEXT = {"prompt": "a", "chosen": " good", "rejected": " bad"}
+WHOLE = {"chosen": [user("a"), assistant("good")], "rejected": [user("a"), assistant("bad")]}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (CHAT, CHAT),
+        (TEXT, TEXT),
+        ({**WHOLE, "prompt": "a", "prompt_id": "0", "score_chosen": 9.0}, CHAT),  # UltraFeedback-binarized
+        (WHOLE, CHAT),  # TRL, implicit prompt
+        ({**WHOLE, "prompt": [user("a")]}, CHAT),
+        ({**WHOLE, "prompt": None}, CHAT),
+        (
+            {"chosen": "say a good", "rejected": "say a bad"},
+            {"prompt": "say a", "chosen": " good", "rejected": " bad"},
+        ),
+        ({"chosen": "say good", "rejected": "say get"}, {"prompt": "say g", "chosen": "ood", "rejected": "et"}),
+        ({**CHAT, "tools": "[]", "x": 1}, {**CHAT, "tools": "[]"}),
+        ({**CHAT, "prompt": [{**user("a"), "tool_calls": None}]}, CHAT),  # as a column of structs holds it
+        (
+            {"prompt": "a", "chosen": WHOLE["chosen"], "rejected": WHOLE["chosen"]},
+            {**CHAT, "rejected": CHAT["chosen"]},
+        ),
+    ],
+)
+def test_shapes(record, expected):
+    assert as_pair("here", record) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "here: lacks rejected"),
+        ("text", "here: lacks chosen, rejected"),
+        ({**WHOLE, "prompt": "other"}, "in no message that chosen and rejected share"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "there is no prompt"),
+        ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "there is no prompt"),
+        ({"prompt": 7, "chosen": [user("a"), assistant("b")], "rejected": [user("a")]}, "prompt is a int"),
+    ],
+)
+def test_other_shapes_are_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        as_pair("here", record)
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "tools"]), JSON))
+def test_any_record_gives_a_pair_or_a_value_error(tmp_path_factory, record):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text(json.dumps(record))
+    try:
+        (pair,) = read_pairs(path)
+    except ValueError:
+        return
+    assert type(pair["prompt"]) is type(pair["chosen"]) is type(pair["rejected"])
+
+
+def test_jsonl_parquet_and_datasets_give_the_same(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    records = chat_records(5)
+    ultra = [
+        {
+            "prompt": r["prompt"][0]["content"],
+            "chosen": r["prompt"] + r["chosen"],
+            "rejected": r["prompt"] + r["rejected"],
+        }
+        for r in records
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    pq.write_table(pa.Table.from_pylist(ultra), tmp_path / "pairs.parquet")
+    table = datasets.Dataset.from_list(ultra)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train_prefs": table}).save_to_disk(tmp_path / "split")
+    for source in ("pairs.jsonl", "pairs.parquet", "one", "split:train_prefs"):
+        assert read_pairs(tmp_path / source) == records
+        assert read_pairs(tmp_path / source, limit=2) == records[:2]
+    with pytest.raises(ValueError, match=r"no split 'train': choose one of train_prefs"):
+        read_pairs(tmp_path / "split")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or table)
+    assert read_pairs("owner/name:test") == records
+    assert asked == [(("owner/name",), {"split": "test"})]
+
+
+def test_unreadable_files(tmp_path):
+    for name, message in (
+        ("pairs.csv", "must end in .jsonl"),
+        ("pairs.parquet", "no Parquet file"),
+        ("a.json", "not JSON"),
+    ):
+        (tmp_path / name).write_bytes(b"PAR1 no")
+        with pytest.raises(ValueError, match=message):
+            read_pairs(tmp_path / name)
+
+
+def test_import_command(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps(WHOLE) + "\n" + json.dumps({**WHOLE, "prompt": "a"}))
+    assert main(["pairs", "import", "--data", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [CHAT, CHAT]
+    assert "2 pairs" in capsys.readouterr().out
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------
+
+PROMPTS = [record["prompt"] for record in chat_records(7)]
+SAMPLING = Sampling(max_new_tokens=6, batch_size=2)
+
+
+def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path):
+    model = tiny_llama()
+    greedy = SAMPLING._replace(temperature=0.0, batch_size=3)
+    found = generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "answers", greedy)
+    for prompt, line in zip(PROMPTS, found, strict=True):
+        ids = TOKENIZER.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        answer = []
+        while len(answer) < 6 and 2 not in answer:
+            with torch.no_grad():
+                answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        assert line["finished"] == (2 in answer)
+        assert line["answer"] == TOKENIZER.decode([token for token in answer if token != 2], skip_special_tokens=True)
+
+
+def test_sampling_depends_on_seed_and_prompt_only(tmp_path):
+    model = tiny_llama()
+    first, again, other = (
+        generate_answers(model, TOKENIZER, PROMPTS, tmp_path / name, SAMPLING._replace(seed=seed))
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first == again != other
+    assert len({line["answer"] for line in first}) > 3
+    written = (tmp_path / "first").read_bytes()
+    assert generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "first", SAMPLING) == first
+    assert (tmp_path / "first").read_bytes() == written
+    with pytest.raises(CacheSettingsError, match=r"drawn otherwise \(seed differ\)"):
+        generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "first", SAMPLING._replace(seed=1))
+
+
+@pytest.mark.parametrize("kept", [0, 10, 300, 400, 500, 600])
+def test_a_cut_file_is_completed(tmp_path, kept):
+    expected = generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "whole", SAMPLING)
+    whole = (tmp_path / "whole").read_bytes()
+    assert len(whole) > 600
+    (tmp_path / "cut").write_bytes(whole[:kept])
+    assert generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "cut", SAMPLING) == expected
+    assert (tmp_path / "cut").read_bytes() == whole
+
+
+def generate_and_die(path, fatal_event):
+    torch.set_num_threads(1)
+    sync, events = os.fsync, 0
+
+    def fatal(descriptor):
+        nonlocal events
+        events += 1
+        if events == fatal_event:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = fatal
+    generate_answers(tiny_llama(), TOKENIZER, PROMPTS, path, SAMPLING)
+
+
+def test_killed_and_resumed(tmp_path, processes):  # noqa: F811
+    expected = generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "whole", SAMPLING)
+    for event in (2, 1, 1):
+        process = processes.Process(target=generate_and_die, args=(tmp_path / "killed", event))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "killed", SAMPLING) == expected
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"batch_size": 0}, "batch_size")],
+)
+def test_bad_sampling(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "x", SAMPLING._replace(**change))
+
+
+def test_generate_command(tmp_path, capsys):
+    for name, seed in (("teacher", 0), ("student", 1)):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    assert read_prompts(tmp_path / "prompts.jsonl", 3) == PROMPTS[:3]
+    paths = {"prompts": "prompts.jsonl", "teacher": "teacher", "student": "student", "out": "pairs.jsonl"}
+    words = ["pairs", "generate", "--max-new-tokens", 5]
+    words += [word for option, name in paths.items() for word in (f"--{option}", tmp_path / name)]
+    assert main([*map(str, words), "--keep-unfinished"]) == 0
+    pairs = read_pairs(tmp_path / "pairs.jsonl")
+    assert [pair["prompt"] for pair in pairs] == PROMPTS
+    assert all(pair["chosen"][0]["role"] == "assistant" for pair in pairs)
+    assert any(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert len(tokenize_pairs(pairs, TOKENIZER).pairs) == 7
+    capsys.readouterr()
+    assert main([*map(str, words)]) == 0  # from the answers that are there
+    assert "left out because 5 tokens cut an answer" in capsys.readouterr().out
+    assert make_pairs(["text"], ["a"], ["b"]) == [{"prompt": "text", "chosen": "a", "rejected": "b"}]

@@ -1,0 +1,379 @@
+"""Caches from an inference engine: against those of the same model here, with a server that fails, and malformed
+answers."""
+
+import json
+import math
+import random
+import signal
+import sys
+import threading
+from contextlib import closing
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.cache.errors import CacheSettingsError
+from dadpo_kernels.capture.errors import AnswerError, ServerError
+from dadpo_kernels.capture.local import capture_teacher
+from dadpo_kernels.capture.pairs import tokenize_pairs
+from dadpo_kernels.capture.prompt_logprobs import answer_targets
+from dadpo_kernels.capture.remote import capture_from_server, capture_from_vllm
+from dadpo_kernels.capture.server import CompletionsServer
+from dadpo_kernels.cli.main import main
+from tests.capture.test_local import processes  # noqa: F401  # a fixture
+from tests.support import vllm_server
+from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
+from tests.support.vllm_server import as_json, flat, prompt_logprobs, serving
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENIZER = tiny_tokenizer()
+MODEL = tiny_llama()
+DATA = tokenize_pairs(chat_records(8), TOKENIZER, 60)
+K, V = 5, 320
+QUICK = {"backoff": 0.01, "timeout": 10.0}
+
+
+@pytest.fixture
+def vllm():
+    with serving(MODEL) as server:
+        yield server
+
+
+def capture(vllm, out, *, concurrency=3, **options):
+    with closing(CompletionsServer(vllm.url, **{**QUICK, **options})) as server:
+        return capture_from_server(
+            server, TOKENIZER, DATA, out, k=K, vocab_size=V, concurrency=concurrency, shard_tokens=100
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("expected")
+    capture_teacher(MODEL, TOKENIZER, DATA, directory, k=K, shard_tokens=100)
+    return list(PairDataset(directory, tokenizer=TOKENIZER))
+
+
+def check(directory, expected):
+    dataset = PairDataset(directory, tokenizer=TOKENIZER)
+    assert len(dataset) == len(expected) == 8
+    for item, other in zip(dataset, expected, strict=True):
+        for side in ("chosen", "rejected"):
+            np.testing.assert_array_equal(item[f"{side}_topk_ids"], other[f"{side}_topk_ids"])
+            np.testing.assert_allclose(item[f"{side}_label_logps"], other[f"{side}_label_logps"], atol=1e-4, rtol=0)
+            np.testing.assert_allclose(item[f"{side}_topk_tail"], other[f"{side}_topk_tail"], atol=1e-4, rtol=0)
+            np.testing.assert_allclose(item[f"{side}_topk_logps"], other[f"{side}_topk_logps"], atol=2e-2, rtol=0)
+    assert not list(directory.glob(".answers*"))
+
+
+def prompts():
+    return sorted((*p.prompt_ids.tolist(), *ids.tolist()) for p in DATA.pairs for ids in p.ids[1:])
+
+
+# ---- the server ------------------------------------------------------------------------------------------------
+
+
+def test_a_server_gives_the_cache_of_the_model_itself(vllm, tmp_path, expected):
+    manifest = capture(vllm, tmp_path, api_key="key")
+    check(tmp_path, expected)
+    assert manifest.info["model"] == "teacher"
+    assert sorted(vllm.served) == prompts()
+    assert 1 < vllm.most <= 3
+    path, headers, body = vllm.requests[0]
+    assert path == "/v1/completions"
+    assert headers["Authorization"] == "Bearer key"
+    assert body["model"] == "teacher"
+    assert (body["prompt_logprobs"], body["max_tokens"]) == (K, 1)
+    capture(vllm, tmp_path)
+    assert len(vllm.served) == 16  # nothing is left to ask
+
+
+FAULTS = [
+    vllm_server.drop,
+    vllm_server.status(429, [("Retry-After", "0")]),
+    vllm_server.status(500),
+    vllm_server.status(503, [("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT")]),
+    vllm_server.half_a_body,
+    vllm_server.one_token_less,
+]
+
+
+def test_faults_are_waited_out_and_no_token_is_sent_twice_after_success(vllm, tmp_path, expected):
+    vllm.faults = [*FAULTS, None, *FAULTS[::-1], None, None, *FAULTS]
+    capture(vllm, tmp_path)
+    check(tmp_path, expected)
+    assert sorted(vllm.served) == prompts()
+    assert len(vllm.requests) == 16 + 3 * len(FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (vllm_server.drop, ServerError, r"cannot be reached: \w+ .*\(tried 2 times\)"),
+        (vllm_server.status(500), ServerError, r"answers 500: .*as asked for.*\(tried 2 times\)"),
+        (vllm_server.half_a_body, ServerError, "cannot be reached"),
+        (vllm_server.one_token_less, AnswerError, r"prompt_logprobs of 1 tokens, \d+ were sent"),
+        (vllm_server.drip, ServerError, r"no complete answer after 0.5 s"),
+        (vllm_server.endless, AnswerError, r"more than \d+ bytes"),
+    ],
+)
+def test_a_fault_that_stays_is_told(vllm, tmp_path, fault, error, message):
+    vllm.faults = [fault] * 1000
+    with pytest.raises(error, match=message):
+        capture(vllm, tmp_path, attempts=2, timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(400, r"answers 400: .*--max-logprobs 5 or more"), (401, "needs an API key"), (404, "Check the URL")],
+)
+def test_a_refusal_is_not_tried_again(vllm, tmp_path, code, message):
+    vllm.faults = [vllm_server.status(code)] * 1000
+    with pytest.raises(ServerError, match=message):
+        capture(vllm, tmp_path)
+    asked = [tuple(body["prompt"]) for _, _, body in vllm.requests]
+    assert len(set(asked)) == len(asked) < 16
+
+
+def test_an_interrupted_run_keeps_every_answer(vllm, tmp_path, expected):
+    vllm.faults = [None] * 7 + [vllm_server.status(400)] * 99
+    for _ in range(3):
+        with pytest.raises(ServerError):
+            capture(vllm, tmp_path)
+        vllm.faults = [None, None] + [vllm_server.status(400)] * 99
+    vllm.faults = []
+    capture(vllm, tmp_path)
+    check(tmp_path, expected)
+    assert sorted(vllm.served) == prompts()
+
+
+def test_killed_at_random_moments(vllm, tmp_path, expected, processes):  # noqa: F811
+    rng = random.Random(0)
+    deaths = 0
+    while deaths < 5:
+        process = processes.Process(target=capture, args=(SimpleNamespace(url=vllm.url), tmp_path))
+        vllm.faults = [vllm_server.slow] * 99
+        process.start()
+        process.join(rng.uniform(0.6, 1.5))
+        process.kill()
+        process.join()
+        deaths += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            break
+    vllm.faults = []
+    capture(vllm, tmp_path)
+    check(tmp_path, expected)
+    assert set(vllm.served) == set(prompts())
+    assert len(vllm.served) <= 16 + 3 * deaths  # only what was under way is sent again
+
+
+def test_damaged_answers_are_asked_for_again(vllm, tmp_path, expected):
+    vllm.faults = [None] * 3 + [vllm_server.status(400)] * 99
+    with pytest.raises(ServerError):
+        capture(vllm, tmp_path)
+    vllm.faults = []
+    (kept,) = tmp_path.glob(".answers*")
+    kept.write_bytes(kept.read_bytes()[:-5000])
+    capture(vllm, tmp_path)
+    check(tmp_path, expected)
+    assert len(vllm.served) == 16 + 3
+
+
+def test_another_model_or_k_is_refused(vllm, tmp_path):
+    capture(vllm, tmp_path)
+    with pytest.raises(CacheSettingsError, match="served_model is 'teacher' there and 'other' now"):
+        capture(vllm, tmp_path, model="other")
+
+
+def test_one_of_several_models_must_be_named(tmp_path):
+    with serving(MODEL, models=("a", "b")) as vllm:
+        with pytest.raises(ServerError, match="serves 2 models, name one of them: a, b"):
+            capture(vllm, tmp_path)
+        capture(vllm, tmp_path, model="b")
+        assert vllm.requests[0][2]["model"] == "b"
+
+
+def test_no_server(tmp_path):
+    with pytest.raises(ValueError, match="must begin with http"):
+        CompletionsServer("localhost:8000")
+    with pytest.raises(ServerError, match="cannot be reached: ConnectError"):
+        CompletionsServer("http://127.0.0.1:9", attempts=1)
+
+
+def test_the_command(vllm, tmp_path, expected, capsys, monkeypatch):
+    MODEL.config.save_pretrained(tmp_path / "teacher")
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(record) for record in chat_records(8)))
+    arguments = ["teacher", "--model", tmp_path / "teacher", "--data", tmp_path / "pairs.jsonl", "--out",
+                 tmp_path / "cache", "--k", K, "--max-length", 60, "--server", vllm.url + "/v1/"]  # fmt: skip
+    assert main([*map(str, arguments), "--api-key-env", "NOT_SET"]) == 1
+    assert "NOT_SET is not set" in capsys.readouterr().err
+    monkeypatch.setenv("A_KEY", "key")
+    assert main([*map(str, arguments), "--api-key-env", "A_KEY"]) == 0
+    check(tmp_path / "cache", expected)
+    assert vllm.requests[0][1]["Authorization"] == "Bearer key"
+
+
+# ---- the Python API --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat_logprobs", [True, False])
+def test_vllm_in_this_process(tmp_path, expected, monkeypatch, flat_logprobs):
+    given_params = {}
+
+    def sampling_params(**options):
+        given_params.update(options)
+        return options
+
+    class LLM:
+        def generate(self, prompts, params, use_tqdm):
+            for prompt in prompts:
+                ids = prompt["prompt_token_ids"]
+                entries = prompt_logprobs(MODEL, ids, params["prompt_logprobs"])
+                yield SimpleNamespace(prompt_logprobs=flat(entries, ids) if flat_logprobs else entries)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling_params))
+    options = {"k": K, "vocab_size": V, "model": "teacher", "shard_tokens": 100, "flat_logprobs": flat_logprobs}
+    capture_from_vllm(LLM(), TOKENIZER, DATA, tmp_path, **options)
+    check(tmp_path, expected)
+    assert given_params.get("flat_logprobs", False) == flat_logprobs
+
+
+# ---- the rules of the format -----------------------------------------------------------------------------------
+
+
+def entry(logps):
+    return {i: SimpleNamespace(logprob=x) for i, x in logps.items()}
+
+
+def one(logps, token, k, vocab_size=100):
+    """Targets of a single answer token after a prompt of one."""
+    targets = answer_targets([None, entry(logps)], [1, token], 1, k, vocab_size)
+    return {name: values[0].tolist() for name, values in targets.items()}
+
+
+def test_the_realised_token_inside_and_outside_the_top_k():
+    inside = one({7: math.log(0.2), 3: math.log(0.5)}, 7, 2)
+    assert inside["topk_ids"] == [3, 7]
+    assert inside["topk_logps"] == pytest.approx([math.log(0.5), math.log(0.2)], abs=1e-3)
+    assert inside["label_logps"] == pytest.approx(math.log(0.2))
+    assert inside["topk_tail"] == pytest.approx(math.log(0.3))
+    outside = one({9: math.log(0.1), 3: math.log(0.5), 7: math.log(0.2)}, 9, 2)
+    assert outside == {**inside, "label_logps": pytest.approx(math.log(0.1))}
+    assert one({9: math.log(0.1)}, 9, 0)["topk_tail"] == 0  # k = 0: the realised token only, all mass is outside
+    equal = one({9: math.log(0.2), 3: math.log(0.2), 7: math.log(0.2)}, 9, 2)
+    assert equal["topk_ids"] == [3, 7]  # among equals the lowest id first
+
+
+def test_minus_infinity_comes_as_a_number():
+    found = one({3: -9999.0, 2: 0.0}, 2, 2)
+    assert found["topk_logps"] == [0.0, -math.inf]
+    assert found["topk_tail"] == -math.inf
+    with pytest.raises(AnswerError, match="realised token of probability 0"):
+        one({3: -9999.0, 2: 0.0}, 3, 2)
+
+
+def test_the_tail_of_a_confident_teacher_is_bounded_by_what_is_known():
+    confident = one({2: -1e-9, 3: -40.0}, 2, 2)
+    assert confident["topk_tail"] <= math.log(98) - 40 + 1e-4  # 98 ids of at most exp(-40), not float32's 6e-8
+    known = one({2: 0.0, 3: -20.0, 4: -21.0}, 4, 2)
+    assert known["topk_tail"] == pytest.approx(-21.0)  # the realised token is outside, so the tail is not empty
+    assert one({1: 1e-7, 0: -20.0}, 1, 2, vocab_size=2)["topk_tail"] == -math.inf  # nothing is outside
+
+
+@pytest.mark.parametrize(
+    ("logps", "token", "k", "message"),
+    [
+        ({3: -1.0, 4: -2.0}, 5, 2, "that of token 5 is missing"),
+        ({3: -1.0, 4: -2.0, 5: -3.0, 6: -3.0}, 5, 2, "has 4 log-probabilities"),
+        ({5: -1.0}, 5, 2, "has 1 log-probabilities"),
+        ({5: math.nan, 3: -1.0}, 5, 2, "no log-probabilities"),
+        ({5: 0.5, 3: -1.0}, 5, 2, "no log-probabilities"),
+        ({5: -0.1, 3: -0.1}, 5, 2, "probabilities sum to 1.8"),
+        ({3: -1.0, 5: -9.0}, 5, 2, r"top 2 sum to 0.3680, .* one of the top k is missing"),
+        ({5: -1.0, 100: -1.0}, 5, 2, "outside the vocabulary of 100"),
+        ({5: -1.0, -1: -1.0}, 5, 2, "outside the vocabulary"),
+        ({5: -1.0, 3: -2.0, 4: -2.0}, 5, 2, "outside the top k is more probable"),
+        ({5: "-1.0", 3: -2.0}, 5, 2, "is no id with a logprob"),
+        ({5: True, 3: -2.0}, 5, 2, "is no id with a logprob"),
+        ({5: 10**400, 3: -2.0}, 5, 2, "no log-probabilities"),
+        ({"5 ": -1.0, 3: -2.0}, 5, 2, "is no id with a logprob"),
+        ({"5_0": -1.0, 3: -2.0}, 5, 2, "is no id with a logprob"),
+        ({"05": -1.0, "5": -2.0}, 5, 2, "has 1 log-probabilities"),
+    ],
+)
+def test_other_answers_are_refused(logps, token, k, message):
+    with pytest.raises(AnswerError, match=message):
+        one(logps, token, k)
+
+
+def test_answers_of_other_lengths_are_refused():
+    for wrong in (None, "", [], [None], [None] * 3, {"1": 1}, 5):
+        with pytest.raises(AnswerError, match=r"prompt_logprobs of (no|\d) tokens, 2 were sent"):
+            answer_targets(wrong, [1, 2], 1, 0, 9)
+    with pytest.raises(AnswerError, match="position 1 has no log-probabilities"):
+        answer_targets([None, None], [1, 2], 1, 0, 9)
+
+
+IDS = [1, 17, 42, 5]
+GOOD = as_json(prompt_logprobs(MODEL, IDS, K))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("0123456789.-", max_size=4), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+def test_a_changed_answer_gives_an_error_or_log_probabilities(data):
+    """Any value of a right answer replaced by any JSON."""
+    document = json.loads(json.dumps(GOOD))
+    at = data.draw(st.integers(1, len(IDS) - 1))
+    where = data.draw(st.sampled_from(["position", "entry", "logprob", "key"]))
+    value = data.draw(JSON)
+    key = data.draw(st.sampled_from(sorted(document[at])))
+    if where == "position":
+        document[at] = value
+    elif where == "entry":
+        document[at][key] = value
+    elif where == "logprob":
+        document[at][key]["logprob"] = value
+    else:
+        document[at][data.draw(st.text("0123456789 _+-", max_size=5))] = document[at].pop(key)
+    try:
+        targets = answer_targets(document, IDS, 1, K, V)
+    except AnswerError:
+        return
+    for name, values in targets.items():
+        assert not np.isnan(values.astype(float)).any()
+        assert (values <= 1e-3).all() or name == "topk_ids"
+    mass = np.exp(targets["topk_logps"].astype(float)).sum(1) + np.exp(targets["topk_tail"].astype(float))
+    np.testing.assert_allclose(mass, 1, atol=5e-3)
+
+
+@given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_an_arbitrary_body_gives_a_typed_error(arbitrary, body):
+    server, client = arbitrary
+    server.change = lambda _: body
+    with pytest.raises(AnswerError):
+        client.score(IDS, 1, K, lambda answer: answer_targets(answer, IDS, 1, K, V))
+
+
+@pytest.fixture(scope="module")
+def arbitrary():
+    with serving(MODEL) as server, closing(CompletionsServer(server.url, attempts=1)) as client:
+        yield server, client
+
+
+def test_nothing_is_tried_again_after_a_stop(vllm):
+    vllm.faults = [vllm_server.status(500)] * 9
+    stopped = threading.Event()
+    stopped.set()
+    with closing(CompletionsServer(vllm.url, backoff=60)) as server, pytest.raises(ServerError, match="tried 1 times"):
+        server.score(IDS, 1, K, lambda answer: answer, stopped)

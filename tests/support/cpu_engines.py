@@ -1,0 +1,33 @@
+"""`dadpo` under engines that accelerate would start on GPUs only: what `accelerate launch` runs in the tests.
+
+Two decisions that are made from the device are overruled, nothing else: accelerate applies FSDP on accelerators, and
+DeepSpeed compiles a shared-memory collective for CPUs, which takes a minute.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, is_deepspeed_available
+
+from dadpo_kernels.cli.main import main
+
+_init = AcceleratorState.__init__
+
+
+def fsdp_on_cpu(self, *args, fsdp_plugin=None, **kwargs):
+    known = self.initialized
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and not known:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+AcceleratorState.__init__ = fsdp_on_cpu
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and is_deepspeed_available():
+    # By its name: the attribute `deepspeed.comm.torch` is PyTorch.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Which operations of PyTorch make the host wait for a device, or copy to it: a CUDA graph can hold neither."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, Grads, Head, Tiles, run_gradient, run_statistics
+from dadpo_kernels.ops.selected_logps import plan_for
+from tests.support.dense import IGNORE, Problem
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "repeat_interleave"}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def assert_no_waiting(kind: type[Tiles], p: Problem, budget: int, backend: str) -> None:
+    """Forward and backward passes over all tiles; the removal of masked tokens before them waits, and is not here."""
+    with Operations() as operations:
+        assert (p.labels == IGNORE).nonzero().numel() > 0
+    assert operations.names & WAITING == {"nonzero"}
+    labels, rows, vocab = p.labels.clamp(min=0), *(len(t) for t in (p.labels, p.weight))
+    tiles = kind(p.hidden, Head(p.weight, p.bias, 1.0, 30.0, 1.0), Entries.merge(labels, p.topk_ids))
+    plan = plan_for(rows, vocab, p.hidden.shape[1], p.hidden.dtype, backend=backend, memory_budget=budget)
+    buffer = torch.zeros(plan.retained_bytes, dtype=torch.uint8)
+    grads = Grads(
+        p.hidden.new_zeros(p.hidden.shape, dtype=torch.float32), torch.zeros_like(p.weight), torch.zeros(vocab)
+    )
+    with Operations() as operations:
+        state = run_statistics(tiles, plan, buffer)
+        coefficients = Coefficients(torch.ones(rows), state.max, torch.ones_like(state.selected))
+        run_gradient(tiles, plan, buffer, coefficients, grads)
+    assert "mm" in operations.names or "addmm_" in operations.names
+    assert not operations.names & WAITING
+    assert all(t is not None and t.abs().sum() > 0 for t in (grads.hidden, grads.weight, grads.bias))
