@@ -1,10 +1,10 @@
 """What DistributedDataParallel, FSDP2 (`fully_shard`) and DeepSpeed ZeRO expect of a loss that skips the logits.
 
-Engines act when modules run: they gather a module's parameters before its forward and before its backward, and hook
-its outputs to reduce gradients. The fused loss reads the head's weight without running the head, so to them nothing
-would have happened. Here the hidden states are computed *as* the model's forward and the loss *as* its head's. Then
-the head is gathered once per pass, whichever module the engine shards it with, and its gradient is reduced where the
-engine reduces it. Every rank runs both, also one whose batch has no valid token: nobody waits for it.
+Parallel wrappers act when modules run: they gather a module's parameters before its forward and before its backward,
+and hook its outputs to reduce gradients. The fused loss reads the head's weight without running the head, so they would
+not notice it. Here the hidden states are computed *as* the model's forward and the loss *as* its head's. Then the head
+is gathered once per pass, whichever module the wrapper shards it with, and its gradient is reduced where the wrapper
+reduces it. Every rank runs both, also one whose batch has no valid token: nobody waits for it.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,12 +26,12 @@ def loss_in_forward(
     """`loss(hidden(), lm_head(model))`, computed inside the forwards of `wrapped`, of `model` and of its head.
 
     Args:
-        wrapped: what the engine made of the model: a DistributedDataParallel, a DeepSpeedEngine, or the model itself
-            (FSDP2 works in place; also without any engine).
+        wrapped: what the wrapper made of the model: a DistributedDataParallel, a DeepSpeedEngine, or the model itself
+            (FSDP2 works in place; also without any wrapper).
         model: the model inside, a transformers causal LM or a PEFT model of one.
         hidden: the hidden states of the batch, `hidden_states(model, ...)`.
         loss: from hidden states and head to the loss; the head's weight is whole inside. Tensors of the batch come
-            with its closure: engines cast what is passed to a forward to their compute dtype.
+            with its closure: parallel wrappers cast what is passed to a forward to their compute dtype.
     """
     head = head_module(model)
     result: list[DaDPOOutput] = []
@@ -123,8 +123,8 @@ def _remainder(loader: Any) -> int:
     return len(loader.dataset) % (sampler.batch_size * getattr(sampler, "num_processes", 1))
 
 
-def check_engine(accelerator: Any, gpus: int) -> None:
-    """ValueError if the loss would not be right, or has not been tried, under the way accelerate was launched."""
+def check_parallelism(accelerator: Any, gpus: int) -> None:
+    """Raise ValueError if the loss is wrong or untested under the parallelism that accelerate was launched with."""
     if gpus > 1:
         raise ValueError(
             f"{gpus} GPUs in one process would mean torch.nn.DataParallel: start one process per GPU with `accelerate "

@@ -73,7 +73,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *
     base = getattr(causal, "base_model", causal)
     if base is causal:
         raise TypeError(
-            f"{type(causal).__name__} keeps no base model beside its head, so its hidden states are not known"
+            f"{type(causal).__name__} has no base model that is separate from its head, so its hidden states are not "
+            "known"
         )
     output = base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=True, **kwargs)
     return output.last_hidden_state

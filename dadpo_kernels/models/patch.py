@@ -3,8 +3,8 @@
 The model's own forward runs, with all it does before its head and after its loss (positions of images, router
 losses). For the duration of that call its head and its loss function are replaced: the head's stand-in turns the
 hidden states it is given into the few log-probabilities that are asked for, the other one makes them the loss.
-Engines that shard the head (FSDP2, ZeRO-3) gather it when it runs, and again for the backward of what it returns: so
-the log-probabilities are what their hooks see it return, and behind these a stand-in for logits takes their place.
+Parallel wrappers that shard the head (FSDP2, ZeRO-3) gather it when it runs, and again for the backward of what it
+returns: so the log-probabilities are what their hooks see it return, and a stand-in for logits replaces them afterwards.
 """
 
 import functools
@@ -132,6 +132,7 @@ def selected_forward(
 
     `observe` is called with what the head is applied to, for statistics of one's own.
     """
+    # What the call asks for.
     kwargs = dict(kwargs)
     labels = _labels(kwargs)
     shift_labels, topk_ids = kwargs.pop("shift_labels", None), kwargs.pop("topk_ids", None)
@@ -141,6 +142,7 @@ def selected_forward(
     selected: list[SelectedLogps] = []
     losses: list[Tensor] = []
 
+    # What stands in for the head, behind the hooks on it, and for the loss function.
     def head_instead(hidden: Tensor) -> tuple[Tensor, ...]:
         _check_hidden(causal, hidden, shift_labels, again=bool(selected))
         head = lm_head(causal)
@@ -163,6 +165,7 @@ def selected_forward(
         losses.append(-logps.sum() / (count.to(logps.device) if isinstance(count, Tensor) else count))
         return losses[0]
 
+    # The model's own forward, with these in place.
     head = head_module(causal)
     with ExitStack() as stack:
         stack.enter_context(_attribute(head, "forward", head_instead))

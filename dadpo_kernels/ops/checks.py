@@ -30,10 +30,10 @@ def is_logp(values: Tensor) -> Tensor:
 
 
 def check_storage(weight: Tensor) -> None:
-    """Raise RuntimeError if an engine took the memory of `weight` back: a kernel would read it all the same."""
+    """Raise RuntimeError if a parallel wrapper has freed the memory of `weight`: a kernel would read it all the same."""
     if weight.untyped_storage().nbytes() == 0:
         raise RuntimeError(
-            f"the memory of weight {list(weight.shape)} was freed by the engine that sharded it (FSDP): run the loss "
+            f"the memory of weight {list(weight.shape)} was freed by the wrapper that sharded it (FSDP): run the loss "
             "inside the forward of the module that holds it, so that it is gathered again for the backward"
         )
 

@@ -94,6 +94,7 @@ class Head:
 
     def _check(self, hidden: Tensor) -> None:
         weight, bias = self.weight, self.bias
+        # Kinds of tensors.
         for name, tensor in (("hidden", hidden), ("weight", weight)):
             if hasattr(tensor, "full_tensor"):
                 raise TypeError(

@@ -97,6 +97,7 @@ def vocab_parallel_of(
     if topk_ids is not None:
         checks.check_ids("topk_ids", topk_ids, shape, hidden.device, extra=1)
         topk_ids = topk_ids.reshape(labels.numel(), topk_ids.shape[-1])
+    # The pass over this rank's columns.
     flat = hidden.reshape(-1, hidden.shape[-1])
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
     options = _Options(

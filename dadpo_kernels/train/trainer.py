@@ -13,7 +13,7 @@ from ..cache.dataset import PairCollator, PairDataset
 from ..cache.sampler import ShardSampler
 from ..losses.linear_loss import DaDPOOutput, pair_counts
 from ..losses.targets import TeacherTargets
-from ..models.distributed import check_engine, check_on_first_rank, loss_in_forward, mask_repeated_pairs
+from ..models.distributed import check_on_first_rank, check_parallelism, loss_in_forward, mask_repeated_pairs
 from ..models.lm_head import check_lm_head, hidden_states, lm_head
 from ..ops.head import Head
 from .config import DaDPOConfig
@@ -42,7 +42,7 @@ class DaDPOTrainer(Trainer):
 
     Raises:
         ValueError: options that contradict each other, a head that `lm_head` refuses, a dataset without the targets
-            the options need, or an engine that is not supported (FSDP1, DataParallel, tensor parallelism).
+            the options need, or a parallel wrapper that is not supported (FSDP1, DataParallel, tensor parallelism).
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step
@@ -71,7 +71,7 @@ class DaDPOTrainer(Trainer):
         kwargs.setdefault("data_collator", PairCollator(pad))
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, **kwargs)  # fmt: skip
-        check_engine(self.accelerator, args.n_gpu)
+        check_parallelism(self.accelerator, args.n_gpu)
         self._shard_sampler: ShardSampler | None = None
         self.add_callback(_SetPositionOnResume(self))
         # Rejected answers are not even read by a stage that has no use for them.
@@ -94,7 +94,7 @@ class DaDPOTrainer(Trainer):
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of a step, and what its loss is a mean over: `pair_counts` of them all, on all ranks.
 
-        Divided by the number of ranks, because engines average gradients.
+        Divided by the number of ranks, because parallel wrappers average gradients.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -181,7 +181,7 @@ class DaDPOTrainer(Trainer):
         """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them.
 
         Raises:
-            ValueError: under DeepSpeed before `train`, which starts the engine that holds the parameters.
+            ValueError: under DeepSpeed before `train`, which starts the wrapper that holds the parameters.
         """
         if self.is_deepspeed_enabled and self.deepspeed is None:
             raise ValueError(
@@ -189,7 +189,9 @@ class DaDPOTrainer(Trainer):
                 "without DeepSpeed"
             )
         loader = self.get_eval_dataloader(eval_dataset)
-        model: Any = self.model_wrapped  # an engine that shards the model gathers it only inside its own forward
+        model: Any = (
+            self.model_wrapped
+        )  # a parallel wrapper that shards the model gathers it only inside its own forward
         training = model.training
         model.eval()
         counts = torch.stack([pair_counts(batch["labels"]) for batch in self._whole_set(loader)]).sum(0)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dadpo_kernels import linear_selected_logps
 from dadpo_kernels.losses.linear_loss import DaDPOOutput
-from dadpo_kernels.models.distributed import check_engine, loss_in_forward, mask_repeated_pairs, whole_parameters
+from dadpo_kernels.models.distributed import check_parallelism, loss_in_forward, mask_repeated_pairs, whole_parameters
 from dadpo_kernels.models.lm_head import hidden_states
 from dadpo_kernels.models.patch import patch
 from tests.support.ranks import run_ranks
@@ -95,14 +95,14 @@ def test_only_the_last_batch_is_masked():
 def test_engines_that_are_not_supported():
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
     with pytest.raises(ValueError, match="fsdp_version: 2"):
-        check_engine(SimpleNamespace(state=state), 1)
+        check_parallelism(SimpleNamespace(state=state), 1)
     with pytest.raises(ValueError, match="one process per GPU"):
-        check_engine(SimpleNamespace(state=SimpleNamespace()), 2)
+        check_parallelism(SimpleNamespace(state=SimpleNamespace()), 2)
     tensor_parallel = SimpleNamespace(
         state=SimpleNamespace(), parallelism_config=SimpleNamespace(non_data_parallel_size=2)
     )
     with pytest.raises(ValueError, match="vocab_group"):
-        check_engine(tensor_parallel, 1)
+        check_parallelism(tensor_parallel, 1)
 
 
 def test_nothing_is_gathered_without_zero3():
@@ -162,5 +162,5 @@ def test_weight_that_an_engine_freed_is_an_error(backend, tolerance):
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
     out = linear_selected_logps(hidden, weight, IDS[0], backend=backend, memory_budget=0, grad_tolerance=tolerance)
     weight.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=r"weight \[300, 16\] was freed by the engine"):
+    with pytest.raises(RuntimeError, match=r"weight \[300, 16\] was freed by the wrapper"):
         out.label.sum().backward()

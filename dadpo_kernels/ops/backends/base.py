@@ -86,7 +86,7 @@ class Tiles(ABC):
     @staticmethod
     @abstractmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
-        """What forward and backward hold at once beside their results while they work on one tile.
+        """What forward and backward hold at once, in addition to their results, while they work on one tile.
 
         Without `grad_weight`, for a frozen head, nothing is kept for the weight's gradient.
         """

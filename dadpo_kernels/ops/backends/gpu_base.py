@@ -72,7 +72,7 @@ class RowTiles(Tiles):
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
         # The tile of products and that of its gradient, or a product that is scaled before it joins hidden's gradient;
-        # beside either a strip of the weight's gradient.
+        # in addition to either, a strip of the weight's gradient.
         strip = strip_bytes(columns, width, dtype) if grad_weight else 0
         return rows * max(whole(columns) * (4 + dtype.itemsize), width * 4) + strip
 

@@ -32,7 +32,7 @@ class TorchTiles(Tiles):
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
         # Three tiles (logits, logits with a spare column, exponentials); of low-precision operands one more in their
-        # dtype, and its widened copy where the product needs it, beside the operands'.
+        # dtype, and its widened copy and the operands' where the product needs them.
         wide = accumulator_dtype(dtype)
         low = rows * columns * (dtype.itemsize + wide.itemsize) + (rows + columns) * width * wide.itemsize
         return rows * columns * 3 * wide.itemsize + (low if dtype != wide else 0)

@@ -49,8 +49,8 @@ class Config(NamedTuple):
 
 SQUARE, NARROW = Config(128, 128, 64, 8, 8, 3), Config(128, 64, 64, 8, 4, 3)
 FLAT, SMALL = Config(64, 256, 64, 8, 8, 3), Config(64, 64, 32, 8, 4, 3)
-# Of the square by four warps, two blocks fit on a Hopper: one's epilogue beside the other's product. The tall one does
-# a third more with each byte that it copies.
+# Two blocks of the square with four warps fit on a Hopper SM: one's epilogue overlaps the other's product. The tall
+# block computes a third more with each byte that it copies.
 PAIRED = Config(128, 128, 64, 8, 4, 3, TMA=True)
 TALL, DEEP = Config(256, 128, 64, 8, 8, 3, TMA=True), Config(256, 128, 64, 8, 8, 4, TMA=True)
 HOPPER = [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described, PAIRED, TALL, DEEP]

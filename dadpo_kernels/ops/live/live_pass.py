@@ -102,6 +102,7 @@ class LivePass:
 
     def choose(self, index: int, exps: Tensor, entries: Entries, state: State, dead: Tensor) -> Tensor:
         """The chunk's live columns, as few as the tolerance allows; fills its profile and `dead [n, 3]`."""
+        # Probabilities per column: their sums and energies, and what the error may be for a log-likelihood.
         row_base, lse, _ = merge_tail(state, inside_topk(entries, state.selected))
         base = finite(state.max)
         share = (base - row_base - lse).exp()  # P = share * exps

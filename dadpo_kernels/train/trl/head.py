@@ -25,7 +25,7 @@ _STATISTICS = {
     "log_sum_sq_probs": "log_sum_sq",
     "is_top1": "is_top1",
 }
-_EXACT = "_fused_output"  # attribute of a model: the last output, as no engine has seen it
+_EXACT = "_fused_output"  # attribute of a model: the last output, as no wrapper has seen it
 
 
 @dataclass
@@ -58,6 +58,7 @@ def add_fused_lm_head(
         if name in outputs and (token_metrics or name == "log_sum_sq_probs")
     }
 
+    # The forward that answers `fused_lm_head=True`.
     def fused(self: Any, forward: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
         seen: dict[str, Tensor] = {}
 
@@ -88,7 +89,7 @@ def run_fused(model: nn.Module, **kwargs: Any) -> FusedSelectedOutput:
     """`model(**kwargs)`, whose log-probabilities mixed precision of FSDP2 would round on their way out.
 
     Args:
-        model: what an engine made of a model with our fused head, or the model.
+        model: what a parallel wrapper made of a model with our fused head, or the model.
     """
     out = model(**kwargs)
     exact = vars(unwrap(model)).pop(_EXACT)

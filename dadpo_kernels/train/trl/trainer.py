@@ -121,6 +121,7 @@ class TRLDaDPOTrainer(DPOTrainer):
         sets = {name: data for name, data in sets.items() if data is not None}
         for name, data in sets.items():
             _check_dataset(name, data, args)
+        # TRL's trainer with our head and, where a cache has reference log-probabilities, without a reference model.
         ours: dict[str, Any] = {
             "add_fused_lm_head": functools.partial(
                 add_fused_lm_head,
@@ -186,6 +187,7 @@ class TRLDaDPOTrainer(DPOTrainer):
         return super()._prepare_inputs(inputs) | send_to_device(logps, self.args.device)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        # The teacher and the reference, as TRL's loss takes them.
         inputs = dict(inputs)
         uses_teacher = bool(self.args.beta_teacher or self.args.kl_weight)
         teacher = TeacherTargets.from_batch(inputs) if uses_teacher else None
@@ -207,6 +209,7 @@ class TRLDaDPOTrainer(DPOTrainer):
             result = super()._compute_loss(policy, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
+        # Metrics, and the divergence.
         metrics = self._metrics["train" if self.model.training else "eval"]
         if not self.args.token_metrics:
             for name in _TOKEN_METRICS:
