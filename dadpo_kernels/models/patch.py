@@ -4,7 +4,7 @@ The model's own forward runs, with all it does before its head and after its los
 losses). For the duration of that call its head and its loss function are replaced: the head's stand-in turns the
 hidden states it is given into the few log-probabilities that are asked for, the other one makes them the loss.
 Parallel wrappers that shard the head (FSDP2, ZeRO-3) gather it when it runs, and again for the backward of what it
-returns: so the log-probabilities are what their hooks see it return, and a stand-in for logits replaces them afterwards.
+returns: so their hooks see it return the log-probabilities, and a stand-in for logits replaces these afterwards.
 """
 
 import functools

@@ -30,7 +30,7 @@ def is_logp(values: Tensor) -> Tensor:
 
 
 def check_storage(weight: Tensor) -> None:
-    """Raise RuntimeError if a parallel wrapper has freed the memory of `weight`: a kernel would read it all the same."""
+    """Raise RuntimeError if a parallel wrapper has freed the memory of `weight`: a kernel would still read it."""
     if weight.untyped_storage().nbytes() == 0:
         raise RuntimeError(
             f"the memory of weight {list(weight.shape)} was freed by the wrapper that sharded it (FSDP): run the loss "
