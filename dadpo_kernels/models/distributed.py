@@ -2,9 +2,9 @@
 
 Parallel wrappers act when modules run: they gather a module's parameters before its forward and before its backward,
 and hook its outputs to reduce gradients. The fused loss reads the head's weight without running the head, which they
-would not notice. Here the hidden states are computed *as* the model's forward and the loss *as* its head's. Then the head
-is gathered once per pass, whichever module the wrapper shards it with, and its gradient is reduced where the wrapper
-reduces it. Every rank runs both, also one whose batch has no valid token: nobody waits for it.
+would not notice. Here the hidden states are computed *as* the model's forward and the loss *as* its head's. Then the
+head is gathered once per pass, whichever module the wrapper shards it with, and its gradient is reduced where the
+wrapper reduces it. Every rank runs both, also one whose batch has no valid token: nobody waits for it.
 """
 
 from collections.abc import Callable, Iterator
