@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, HfArgumentParser
 
 from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.cli.process_group import ending_process_group
 from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
 
 
@@ -28,4 +29,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_process_group():
+        main()
