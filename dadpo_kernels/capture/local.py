@@ -18,7 +18,8 @@ from ..cache.reader import read_tokens
 from ..cache.shard_run import REFERENCE_ROWS, Score, write_shards
 from ..cache.shards import REFERENCE, Manifest, read_complete, writing
 from ..cache.vocabulary import check_vocabulary
-from ..models.lm_head import LMHead, check_lm_head, hidden_states, lm_head, unwrap
+from ..models.lm_head import check_lm_head, hidden_states, lm_head, unwrap
+from ..ops.head import Head
 from ..ops.selected_logps import linear_selected_logps
 from ..ops.topk_logps import linear_topk_logps
 from .pairs import TokenizedPairs
@@ -80,7 +81,7 @@ def capture_teacher(
     entries, vocab_size = entries_to_request(k, settings), settings["vocab_size"]
 
     def score_tokens(hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        out = linear_topk_logps(hidden, head.weight, entries, labels=labels, **_options(head))
+        out = linear_topk_logps(hidden, head, entries, labels=labels)
         assert out.label is not None
         return {
             "label_logps": out.label.float(),
@@ -153,7 +154,7 @@ def capture_reference(
     }
 
     def score_tokens(hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"label_logps": linear_selected_logps(hidden, head.weight, labels, **_options(head)).label}
+        return {"label_logps": linear_selected_logps(hidden, head, labels).label}
 
     directory = cache / REFERENCE if out is None else Path(out)
     score = _model_score(causal, head, score_tokens, batch_tokens)
@@ -175,7 +176,7 @@ def batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[Sequence[Pair]
         start += size
 
 
-def _model_score(model: Any, head: LMHead, score_tokens: ScoreTokens, batch_tokens: int) -> Score:
+def _model_score(model: Any, head: Head, score_tokens: ScoreTokens, batch_tokens: int) -> Score:
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
 
@@ -199,7 +200,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _score_batch(
-    model: Any, head: LMHead, pairs: Sequence[Pair], score_tokens: ScoreTokens
+    model: Any, head: Head, pairs: Sequence[Pair], score_tokens: ScoreTokens
 ) -> Iterator[tuple[Pair, Targets, Targets]]:
     """Each pair with the targets of its chosen and of its rejected answer."""
     input_ids, attention_mask, labels = pad_pairs(pairs, pad_token_id=0)
@@ -222,13 +223,9 @@ def _score_batch(
     return zip(pairs, answers[: len(pairs)], answers[len(pairs) :], strict=True)
 
 
-def _prepare(model: nn.Module) -> tuple[Any, LMHead]:
+def _prepare(model: nn.Module) -> tuple[Any, Head]:
     check_lm_head(model)
     return unwrap(model), lm_head(model)
-
-
-def _options(head: LMHead) -> dict[str, Any]:
-    return {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
 
 
 def _name(model: Any) -> str:

@@ -8,7 +8,9 @@ import difflib
 import json
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+from ..train.options import LossOptions
 
 
 @dataclass
@@ -29,16 +31,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="override keys of the file")
-    from ..train.config import DaDPOConfig
-
-    listed = [*fields(TrainSources), *_added_fields(DaDPOConfig)]
-    lines = "\n".join(f"  {f.name:<16} {f.metadata['help']}" for f in listed).replace("%", "%%")
+    lines = "\n".join(map(_describe, [*fields(TrainSources), *fields(LossOptions)])).replace("%", "%%")
     parser.epilog = f"keys in addition to those of TrainingArguments:\n{lines}"
 
 
-def _added_fields(config: Any) -> list[Field]:
-    added = config.__annotations__
-    return [f for f in fields(config) if f.name in added]
+def _describe(option: Field) -> str:
+    choices = get_args(option.type) if get_origin(option.type) is Literal else ()
+    return f"  {option.name:<16} {option.metadata['help']}" + (f" One of {', '.join(choices)}." if choices else "")
 
 
 def parse_config(path: Path, overrides: list[str]) -> tuple[TrainSources, Any]:
