@@ -58,10 +58,10 @@ def finished(started, seconds=60):
     return [process.exitcode for process in started]
 
 
-def wait_until_something_is_written(directory, process):
+def wait_until_a_shard_is_written(directory, process):
     """Starting a process can take long on a slow machine."""
-    before = set(directory.glob("*")) if directory.exists() else set()
-    while process.is_alive() and (not directory.exists() or set(directory.glob("*")) <= before):
+    before = set(directory.glob("shard-*"))
+    while process.is_alive() and set(directory.glob("shard-*")) <= before:
         time.sleep(0.02)
 
 
@@ -88,7 +88,7 @@ def test_a_killed_process_and_another_number_of_them(tmp_path, processes):  # no
     for size in (2, 3, 2, 2, 3):
         started = launch(processes, size, run_slowly, directory)
         victim = rng.randrange(size)
-        wait_until_something_is_written(directory, started[victim])
+        wait_until_a_shard_is_written(directory, started[victim])
         started[victim].join(rng.uniform(0, 0.3))
         started[victim].kill()
         codes = finished(started, seconds=5)
