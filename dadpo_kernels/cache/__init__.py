@@ -1,1 +1,1 @@
-"""The teacher cache: a file format, and what writes, reads, checks and converts it."""
+"""The teacher cache: its file format, and the modules that write, read, check and convert it."""

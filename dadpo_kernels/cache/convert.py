@@ -1,4 +1,4 @@
-"""A cache from a cache: fewer entries a position, a smaller vocabulary, other shards."""
+"""Writes a new cache from an existing one, with fewer entries per position, a smaller vocabulary or other shards."""
 
 import hashlib
 import shutil
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from .dataset import PairDataset
 from .fold import fold
-from .format import ANSWERS, Targets, check_ids
+from .format import SIDES, Targets, check_pair_ids
 from .pairs import Pair
 from .reader import read_tokens
-from .shard_run import TEACHER_ROWS, run_pass
+from .shard_run import TEACHER_ROWS, write_shards
 from .shards import MANIFEST, REFERENCE, Manifest, writing
-from .verify import answers
+from .verify import split_sides
 from .vocabulary import VOCABULARY
 
 
@@ -25,34 +25,47 @@ def convert_cache(
     shard_tokens: int | None = None,
     progress: bool = False,
 ) -> Manifest:
-    """Write the cache `source` anew to the directory `out`; resumes as a capture does.
+    """Write a converted copy of the cache `source` to the directory `out`.
 
-    What is left out, because of k or because the student has no such id, is added to the tail: see `fold`.
+    An interrupted run resumes as a capture does.
+
+    The mass of entries that are left out, because of k or because their ids are outside the student's vocabulary, is
+    added to the tail: see `fold`.
 
     Args:
-        k: entries a position; None keeps them all, or as many as every position has below `student_vocab_size`.
-        student_vocab_size: rows of the student's head; None keeps the ids as they are.
-        shard_tokens: answer tokens a shard; None keeps the source's.
+        k: entries per position. None keeps all of them or, with `student_vocab_size`, the largest number that all
+            positions have below it.
+        student_vocab_size: vocabulary size of the student's LM head; None keeps the ids as they are.
+        shard_tokens: answer tokens per shard; None keeps the source's setting.
+        progress: show a progress bar in tokens.
+
+    Returns:
+        The finished manifest.
 
     Raises:
-        CacheVocabularyError: the student has not k of the ids at some position, or not all tokens of the pairs.
-        CacheError: another one if `source` is damaged, or `out` holds another cache.
+        CacheVocabularyError: a position has fewer than k ids in the student's vocabulary, or a pair has a token
+            outside it.
+        CacheError: one of its other subclasses if `source` is damaged, or if `out` holds another cache.
+        ValueError: k is larger than the source's.
     """
     source, out = Path(source), Path(out)
     dataset = PairDataset(source)
     settings = dict(dataset.manifest.settings)
+
+    # The student's vocabulary must contain the tokens of all pairs.
     vocab_size = min(settings["vocab_size"], student_vocab_size or settings["vocab_size"])
     pairs = read_tokens(source, dataset.manifest)
-    for pair in pairs:
-        for ids in pair.ids:
-            check_ids(f"pair {pair.index}", ids, vocab_size)
+    check_pair_ids(pairs, vocab_size)
+
+    # Choose k. Only a smaller vocabulary makes it necessary to read the targets for that.
     if k is None:
         k = dataset.k
         if any(shard.max_id >= vocab_size for shard in dataset.manifest.shards):
             items = (dataset[position] for position in range(len(dataset)))
-            k = min(int((item[f"{s}_topk_ids"] < vocab_size).sum(1).min()) for item in items for s in ANSWERS)
+            k = min(int((item[f"{s}_topk_ids"] < vocab_size).sum(1).min()) for item in items for s in SIDES)
     if not 0 <= k <= dataset.k:
-        raise ValueError(f"k={k} is outside [0, {dataset.k}], what {source} holds")
+        raise ValueError(f"k={k} is outside [0, {dataset.k}], the range that {source} allows")
+
     settings |= {"k": k, "vocab_size": vocab_size}
     settings["shard_tokens"] = shard_tokens or settings.get("shard_tokens", 65536)
     settings["converted_from"] = hashlib.sha256((source / MANIFEST).read_bytes()).hexdigest()
@@ -60,13 +73,14 @@ def convert_cache(
 
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
         for pair in shard:
-            item = dataset[position[pair.index]]
-            folded = [fold(f"pair {pair.index}", answer, k, vocab_size) for _, answer in answers(pair, item)]
-            yield pair, folded[0], folded[1]
+            sides = split_sides(pair, dataset[position[pair.index]])
+            chosen, rejected = (fold(f"pair {pair.index}", targets, k, vocab_size) for _, targets in sides)
+            yield pair, chosen, rejected
 
     files = {VOCABULARY: (source / VOCABULARY).read_bytes()}
     with writing(out, "teacher", settings, dataset.manifest.info, files) as writer:
-        run_pass(pairs, writer, TEACHER_ROWS, score, shard_tokens=settings["shard_tokens"], progress=progress)
-        if dataset.has_reference and writer.ranks.rank == 0:  # sums over the same tokens
+        write_shards(pairs, writer, TEACHER_ROWS, score, shard_tokens=settings["shard_tokens"], progress=progress)
+        # The reference holds sums over the same tokens, which do not change.
+        if dataset.has_reference and writer.ranks.rank == 0:
             shutil.copytree(source / REFERENCE, out / REFERENCE, dirs_exist_ok=True)
     return writer.manifest

@@ -1,4 +1,4 @@
-"""A teacher cache as a PyTorch data set, and the collator that makes its pairs a batch for the loss."""
+"""A teacher cache as a PyTorch data set, and the collator that makes batches for the loss from its pairs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import CacheFormatError, CacheReferenceError, CacheVocabularyError
-from .format import ANSWERS, REFERENCE_SCHEMA, TEACHER_SCHEMA, read_pair, read_targets
+from .format import REFERENCE_SCHEMA, SIDES, TEACHER_SCHEMA, read_pair, read_targets
 from .pairs import Pair, pad_pairs
 from .reader import RowReader
 from .shards import MANIFEST, REFERENCE, read_complete
@@ -20,21 +20,26 @@ from .vocabulary import check_vocabulary
 class PairDataset(Dataset[dict[str, Any]]):
     """Map-style data set over a teacher cache, in the order of the pairs' source.
 
-    An item holds `pair` (token ids) and numpy arrays `{chosen,rejected}_{label_logps [T], topk_ids [T, K],
-    topk_logps [T, K] float16, topk_tail [T]}`, and, if there are reference log-probabilities, `ref_chosen_logps` and
-    `ref_rejected_logps`, sums over the answers. Rows are read as they are asked for and checked; nothing is kept, so
-    any number of data-loading workers may share a data set.
+    An item is a dictionary of `pair` (a `Pair`, token ids) and numpy arrays for both sides: `{side}_label_logps [T]`
+    float32, `{side}_topk_ids [T, K]` int32, `{side}_topk_logps [T, K]` float16 and `{side}_topk_tail [T]` float32. If
+    the cache has reference log-probabilities, it also holds `ref_chosen_logps` and `ref_rejected_logps`, floats, which
+    are sums over the answers. All log-probabilities are in nats.
+
+    A row is read and checked when its item is accessed, and nothing is kept in memory, so any number of data-loading
+    workers can share a data set.
 
     Args:
         cache_dir: directory written by `dadpo teacher`.
         tokenizer: the student's, compared with the cache's vocabulary id by id; None skips the comparison.
-        vocab_size: rows of the student's head, to refuse ids that it has not; None takes the teacher's.
-        reference_dir: directory written by `dadpo reference --out`; None takes `cache_dir/reference` if it is there.
+        vocab_size: vocabulary size of the student's LM head; a cache with larger ids is refused. None takes the
+            teacher's.
+        reference_dir: directory written by `dadpo reference --out`; None takes `cache_dir/reference` if it exists.
         require_reference: refuse a cache without reference log-probabilities.
-        verify: compare every shard's SHA-256 (reads the whole cache once). Sizes and page checksums always are.
+        verify: compare the SHA-256 of each shard, which reads the whole cache once. Sizes and page checksums are
+            checked in any case.
 
     Raises:
-        CacheError: one of its subclasses tells what is wrong.
+        CacheError: one of its subclasses, which says what is wrong.
     """
 
     def __init__(
@@ -56,8 +61,8 @@ class PairDataset(Dataset[dict[str, Any]]):
             if shard.max_id >= self.vocab_size:
                 raise CacheVocabularyError(
                     f"{directory} holds id {shard.max_id}, the student's vocabulary has {self.vocab_size}: if teacher "
-                    "and student are of one family and differ in padding, move these ids to the tail with `dadpo "
-                    f"cache convert {directory} --student-vocab-size {self.vocab_size} --out DIR`"
+                    "and student are of one family and differ in padding only, move these ids to the tail with "
+                    f"`dadpo cache convert {directory} --student-vocab-size {self.vocab_size} --out DIR`"
                 )
         if tokenizer is not None:
             check_vocabulary(directory, self.manifest, tokenizer)
@@ -84,11 +89,11 @@ class PairDataset(Dataset[dict[str, Any]]):
         return len(self._places)
 
     def positions_by_shard(self) -> list[list[int]]:
-        """Of each shard, the positions of its pairs in this data set."""
-        found: list[list[int]] = [[] for _ in self.manifest.shards]
+        """For each shard, the positions of its pairs in this data set."""
+        positions: list[list[int]] = [[] for _ in self.manifest.shards]
         for position, (_, number, _) in enumerate(self._places):
-            found[number].append(position)
-        return found
+            positions[number].append(position)
+        return positions
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index, number, row = self._places[position]
@@ -97,7 +102,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {"pair": pair, **read_targets(values, pair, self.k, self.vocab_size)}
         if self._reference is not None:
             reference = self._reference[index]
-            for side, answer in zip(ANSWERS, pair.ids[1:], strict=True):
+            for side, answer in zip(SIDES, pair.ids[1:], strict=True):
                 if (scored := reference[f"{side}_tokens"]) != len(answer):
                     raise CacheReferenceError(
                         f"pair {index}: the reference scored {scored} tokens of the {side} answer, which has "
@@ -115,24 +120,24 @@ class PairDataset(Dataset[dict[str, Any]]):
             raise CacheReferenceError(
                 f"{directory} belongs to other pairs than the cache: run `dadpo reference` again"
             )
-        sums = np.array([[row[f"{side}_logps"] for side in ANSWERS] for row in rows.values()])
+        sums = np.array([[row[f"{side}_logps"] for side in SIDES] for row in rows.values()])
         if not (np.isfinite(sums) & (sums <= 1e-3)).all():
             raise CacheFormatError(
-                f"{directory} holds values that are no log-probabilities: run `dadpo reference` again"
+                f"{directory} holds values that are not log-probabilities: run `dadpo reference` again"
             )
         return rows
 
 
 class PairCollator:
-    """Makes items of `PairDataset` a batch: chosen rows first, rejected second, right-padded to the longest.
+    """Makes a batch from items of `PairDataset`: all chosen sequences, then all rejected ones, padded on the right.
 
     The batch holds `input_ids`, `attention_mask`, `labels` (int64 `[2B, S]`, labels aligned with the positions that
     predict them, -100 elsewhere), `teacher_label_logps`, `teacher_topk_tail` (float32 `[2B, S]`), `teacher_topk_ids`
     (int32 `[2B, S, K]`), `teacher_topk_logps` (float32 `[2B, S, K]`), and `ref_logps` (float32 `[2B]`) if the items
-    have it. Where there is no label, the teacher's tensors hold 0.
+    have reference log-probabilities. At positions without a label, the teacher's tensors hold 0.
 
     Args:
-        pad_token_id: what `input_ids` hold outside the sequences; never attended to.
+        pad_token_id: value of `input_ids` outside the sequences, which the model does not attend to.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -149,10 +154,10 @@ class PairCollator:
             ("topk_logps", torch.float32),
             ("topk_tail", torch.float32),
         ):
-            # Row after row, the positions with labels are the answers' tokens in order.
-            values = torch.from_numpy(np.concatenate([item[f"{side}_{name}"] for side in ANSWERS for item in items]))
+            # In row-major order, the positions with a label are the answer tokens of the sides in this order.
+            values = torch.from_numpy(np.concatenate([item[f"{side}_{name}"] for side in SIDES for item in items]))
             batch[f"teacher_{name}"] = values.new_zeros((*labels.shape, *values.shape[1:]), dtype=dtype)
             batch[f"teacher_{name}"][valid] = values.to(dtype)
         if "ref_chosen_logps" in items[0]:
-            batch["ref_logps"] = torch.tensor([item[f"ref_{side}_logps"] for side in ANSWERS for item in items])
+            batch["ref_logps"] = torch.tensor([item[f"ref_{side}_logps"] for side in SIDES for item in items])
         return batch

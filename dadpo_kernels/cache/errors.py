@@ -1,44 +1,44 @@
-"""What can be wrong with a cache or its making, each its own type, all of them ValueErrors that say what to do."""
+"""Errors about a cache. All of them are ValueErrors, and their messages say what to do."""
 
 
 class CacheError(ValueError):
-    """A cache cannot be used as asked."""
+    """A cache cannot be used in the requested way."""
 
 
 class CacheFormatError(CacheError):
-    """Not a cache, or files that do not follow the format."""
+    """The directory is not a cache, or its files do not follow the format."""
 
 
 class CacheVersionError(CacheError):
-    """Another version of the format."""
+    """The cache has another version of the format."""
 
 
 class CacheIncompleteError(CacheError):
-    """The capture has not finished."""
+    """The capture that writes the cache is not finished."""
 
 
 class CacheTruncatedError(CacheError):
-    """A shard is missing or its size is not the recorded one."""
+    """A shard is missing, or its size differs from the recorded one."""
 
 
 class CacheChecksumError(CacheError):
-    """A file's content is not what was written."""
+    """A file's content differs from what was written."""
 
 
 class CacheTokenizerError(CacheError):
-    """Ids of the cache mean other tokens to this tokenizer."""
+    """The tokenizer gives some ids of the cache another meaning."""
 
 
 class CacheVocabularyError(CacheError):
-    """Ids of the cache are outside the vocabulary."""
+    """The cache holds ids outside the vocabulary."""
 
 
 class CacheReferenceError(CacheError):
-    """No reference log-probabilities, or those of other pairs."""
+    """Reference log-probabilities are missing, or belong to other pairs."""
 
 
 class CacheSettingsError(CacheError):
-    """A capture with other settings is in the directory."""
+    """The directory holds a capture with other settings."""
 
 
 class CacheBusyError(CacheError):

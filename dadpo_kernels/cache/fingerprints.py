@@ -1,4 +1,4 @@
-"""Short names for big things: two models or data sets with the same fingerprint are taken as the same."""
+"""Hashes that stand for models and data sets: two with the same fingerprint are treated as the same."""
 
 import hashlib
 import json
@@ -15,11 +15,12 @@ _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the configuration's non-default values and, of each parameter, its name, shape, dtype and 64
-    elements spread evenly over it.
+    """SHA-256 over the non-default values of the configuration and, for each parameter, its name, shape, dtype and 64
+    evenly spaced elements.
 
-    Cheap for any size, and the same from safetensors, GGUF or memory. A fine-tuned model differs, as does the same
-    model loaded in another dtype; a model edited in few single elements may not.
+    It is cheap for models of any size, and the same whether a model comes from safetensors, GGUF or memory. A
+    fine-tuned model has another fingerprint, and so has the same model in another dtype. A model in which only a few
+    elements were edited may have the same one.
     """
     causal = unwrap(model)
     config = {name: value for name, value in causal.config.to_diff_dict().items() if name not in _NOT_THE_MODEL}
@@ -34,7 +35,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def records_fingerprint(records: Iterable[dict[str, Any]]) -> str:
-    """SHA-256 over the records of a preference set, whatever the order of their keys."""
+    """SHA-256 over the records of a preference set; the order of a record's keys does not matter."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Fewer top-k entries, or a smaller vocabulary: what is left out goes to the tail, so that no mass is lost."""
+"""Reduces the number of top-k entries or the vocabulary. The mass of what is left out is added to the tail."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,21 +8,28 @@ import numpy as np
 from .errors import CacheVocabularyError
 from .format import Targets
 
-_MARGIN = 16  # more entries than asked for, where some may have to be left out
+_MARGIN = 16  # additional entries to request, because some of them may be outside the student's vocabulary
 
 
-def asked_for(k: int, settings: Mapping[str, Any]) -> int:
-    """Entries to ask a teacher for, so that k are left in the student's vocabulary."""
+def entries_to_request(k: int, settings: Mapping[str, Any]) -> int:
+    """Number of entries to request from a teacher so that k of them are in the student's vocabulary."""
     return k + min(_MARGIN, settings["teacher_vocab_size"] - settings["vocab_size"])
 
 
 def fold(where: str, targets: Targets, k: int, vocab_size: int) -> Targets:
-    """The k most probable entries with ids below `vocab_size`; the mass of all others is added to the tail.
+    """Keep the k most probable entries with ids below `vocab_size`; the mass of all other entries goes to the tail.
 
-    Exact: log-probabilities are still those under the teacher's whole softmax.
+    This is exact: the log-probabilities are still those of the softmax over the teacher's whole vocabulary.
+
+    Args:
+        where: beginning of the error message.
+        targets: of one answer of T tokens, with at least k entries per position.
+
+    Returns:
+        Targets with `topk_ids` and `topk_logps` of shape `[T, k]`.
 
     Raises:
-        CacheVocabularyError: a position has fewer than k such entries; the message begins with `where`.
+        CacheVocabularyError: a position has fewer than k entries with ids below `vocab_size`.
     """
     ids, logps = targets["topk_ids"], targets["topk_logps"]
     inside = ids < vocab_size
@@ -31,13 +38,13 @@ def fold(where: str, targets: Targets, k: int, vocab_size: int) -> Targets:
             f"{where}: at a position only {fewest} of the teacher's {ids.shape[1]} most probable ids are below "
             f"{vocab_size}, k={k} are needed: take a smaller k, or a teacher of the student's family"
         )
-    kept = inside & (inside.cumsum(1) <= k)
+    selected = inside & (inside.cumsum(1) <= k)
     with np.errstate(divide="ignore"):
-        left_out = np.log(np.where(kept, 0, np.exp(logps, dtype=np.float64)).sum(1))
+        left_out = np.log(np.where(selected, 0, np.exp(logps, dtype=np.float64)).sum(1))
     shape = len(ids), k
     return {
         "label_logps": targets["label_logps"],
-        "topk_ids": ids[kept].reshape(shape),
-        "topk_logps": logps[kept].reshape(shape),
+        "topk_ids": ids[selected].reshape(shape),
+        "topk_logps": logps[selected].reshape(shape),
         "topk_tail": np.logaddexp(targets["topk_tail"], left_out).astype(np.float32),
     }

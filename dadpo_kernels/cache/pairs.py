@@ -1,4 +1,4 @@
-"""A preference pair as token ids, and several of them as one padded batch."""
+"""A preference pair as token ids, and several pairs as one padded batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Token ids, int32 `[...]` each. `index` is the pair's place in its source, counted from 0."""
+    """Token ids of the prompt and of both answers, one int32 array each. `index` is the pair's number in its source,
+    counted from 0."""
 
     index: int
     prompt_ids: np.ndarray
@@ -26,7 +27,7 @@ class Pair:
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two sequences."""
+        """Number of tokens of the longer of the two sequences, prompt included."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
     @property
@@ -35,26 +36,27 @@ class Pair:
 
 
 def pad_pairs(pairs: Sequence[Pair], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(input_ids, attention_mask, labels)`, int64 `[2B, S]` each: chosen rows first, rejected second, right-padded.
+    """`(input_ids, attention_mask, labels)`, int64 `[2B, S]` each: all chosen sequences, then all rejected ones,
+    padded on the right.
 
     `labels` are aligned: `labels[:, t]` is the token after `input_ids[:, t]` if that is an answer token, else -100.
     """
-    rows = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
-    shape = len(rows), max(len(prompt) + len(answer) for prompt, answer in rows)
+    sequences = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+    shape = len(sequences), max(len(prompt) + len(answer) for prompt, answer in sequences)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE_INDEX)
-    for row, (prompt, answer) in enumerate(rows):
+    for i, (prompt, answer) in enumerate(sequences):
         start, end = len(prompt), len(prompt) + len(answer)
-        input_ids[row, :start] = torch.tensor(prompt)
-        input_ids[row, start:end] = torch.tensor(answer)
-        attention_mask[row, :end] = 1
-        labels[row, start - 1 : end - 1] = torch.tensor(answer)
+        input_ids[i, :start] = torch.tensor(prompt)
+        input_ids[i, start:end] = torch.tensor(answer)
+        attention_mask[i, :end] = 1
+        labels[i, start - 1 : end - 1] = torch.tensor(answer)
     return input_ids, attention_mask, labels
 
 
 def tokens_sha256(pairs: Sequence[Pair]) -> str:
-    """SHA-256 over indices and token ids, in the order of the source."""
+    """SHA-256 over the indices and token ids of all pairs, which must be in the order of their source."""
     digest = hashlib.sha256()
     for pair in pairs:
         lengths = [pair.index, *map(len, pair.ids)]

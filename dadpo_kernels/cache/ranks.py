@@ -1,4 +1,4 @@
-"""Several processes over one data set, as `torchrun` and `accelerate launch` start them on one node or many."""
+"""Several processes that work on one data set, started by `torchrun` or `accelerate launch` on one node or on many."""
 
 import os
 from datetime import timedelta
@@ -8,22 +8,23 @@ import torch.distributed as dist
 
 
 class Ranks(NamedTuple):
-    """This process's number among all of them."""
+    """The number of this process, `rank`, and the number of all processes, `size`."""
 
     rank: int
     size: int
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until all processes have reached this point."""
         if self.size > 1:
             dist.barrier()
 
 
 def ranks() -> Ranks:
-    """From the environment that the launchers set; joins the processes into a group if nobody has yet.
+    """Read this process's rank from the launcher's environment, and initialise a process group if there is none.
 
-    gloo, since nothing but barriers goes through it; and days of patience, since the others wait at one while the
-    slowest works.
+    The group uses gloo, because it only serves barriers. Its timeout is 7 days, because at a barrier the fast
+    processes wait for the slowest one. The commands end the group; a script that calls a capture function itself calls
+    `torch.distributed.destroy_process_group()` at its end.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks(0, 1)

@@ -1,4 +1,4 @@
-"""Rows of a cache's shards, checked as they are read."""
+"""Reads rows of a cache's shards and checks them."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,11 @@ from .shards import Manifest, Shard
 
 
 class RowReader:
-    """Rows of a directory's shards by position. Shards stay open, as memory maps, up to a limit."""
+    """Reads the rows of a directory's shards in any order. Shards stay open as memory maps, at most `OPEN_FILES`.
+
+    Its methods raise CacheFormatError for a file that does not fit the manifest or the schema, and CacheChecksumError
+    for one that cannot be read.
+    """
 
     OPEN_FILES = 256
 
@@ -25,21 +29,21 @@ class RowReader:
         self._files: dict[str, pq.ParquetFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # a data-loading worker opens its own
+        return {**self.__dict__, "_files": {}}  # each data-loading worker opens the files again
 
     def read(self, shard: Shard, row: int) -> dict[str, Any]:
-        """Row `row` of `shard` as Python values, page checksums verified."""
+        """Row number `row` of `shard`, as Python values by column. Page checksums are verified."""
         with self._reading(shard.file):
             table = self._file(shard).read_row_group(row, use_threads=False)
-            found = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
-        if found["index"] != shard.index[row]:
+            values = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
+        if values["index"] != shard.index[row]:
             raise CacheFormatError(
-                f"{shard.file} has pair {found['index']} in row {row}, the manifest says {shard.index[row]}"
+                f"{shard.file} has pair {values['index']} in row {row}, the manifest says {shard.index[row]}"
             )
-        return found
+        return values
 
     def read_columns(self, shard: Shard, columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Some columns of all rows of `shard`."""
+        """Some columns of all rows of `shard`; `index` must be one of them."""
         with self._reading(shard.file):
             rows = self._file(shard).read(columns=list(columns), use_threads=False).to_pylist()
         if [row["index"] for row in rows] != shard.index:
@@ -65,13 +69,13 @@ class RowReader:
     def _reading(self, file: str) -> Iterator[None]:
         try:
             yield
-        # A failed page checksum is an OSError; names in a damaged footer may not even be text.
+        # A page with a wrong checksum gives an OSError; names in a damaged footer may not even be valid UTF-8.
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CacheChecksumError(f"{self._directory / file} cannot be read ({error}): copy it again") from error
 
 
 def read_tokens(cache: Path, manifest: Manifest) -> list[Pair]:
-    """The token ids of all pairs of a teacher cache, in the order of their source."""
+    """The token ids of all pairs of a teacher cache, in the order of their source. Raises as `RowReader` does."""
     reader = RowReader(cache, TEACHER_SCHEMA)
     rows = (row for shard in manifest.shards for row in reader.read_columns(shard, TOKEN_COLUMNS))
     return sorted((read_pair(row) for row in rows), key=lambda pair: pair.index)

@@ -1,4 +1,4 @@
-"""A random order that is kind to disks, and the same number of pairs for every process."""
+"""A random order that reads few files at a time and gives each process the same number of pairs."""
 
 from collections.abc import Iterator
 
@@ -12,15 +12,23 @@ from .dataset import PairDataset
 class ShardSampler(Sampler[int]):
     """Positions of a `PairDataset`, shuffled within a few shards at a time.
 
-    The order of the shards is random, and so is that of the pairs within each group of `shards` shards; only the
-    group's files are touched at a time, so that a cache on a slow or remote file system is read about once, in turn,
-    and its pages need not all stay in memory. Pairs of a shard have similar lengths; more shards mix them more.
+    The shards are put in random order and taken in groups of `shards`; the pairs of a group are shuffled together.
+    Only the files of one group are read at a time, so that a cache on a slow or remote file system is read about once
+    per epoch, and its pages need not all stay in memory. The pairs of one shard have similar lengths, so more shards
+    per group give better mixed batches.
 
-    Each process takes every `num_replicas`-th position of one common order, the same number of them each; the few at
-    the end that do not go round are left out, others in each epoch. Call `set_epoch` before each.
+    All processes draw the same order, and each takes every `num_replicas`-th position of it. If the number of pairs
+    is not a multiple of `num_replicas`, the last few are left out; they are other pairs in each epoch. Call
+    `set_epoch` before each epoch.
 
     Args:
-        num_replicas, rank: of the processes; taken from `torch.distributed` where it is initialised, else one.
+        shards: number of shards per group.
+        seed: of the random order.
+        num_replicas, rank: number of processes, and of this process; None takes them from `torch.distributed` if it
+            is initialised, else one process.
+
+    Raises:
+        ValueError: `rank` or `shards` is out of range.
     """
 
     def __init__(
@@ -43,7 +51,7 @@ class ShardSampler(Sampler[int]):
         self._shards, self._seed, self._epoch = shards, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
+        """Select the order of this epoch."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -2,15 +2,16 @@
 
     DIR/manifest.json     settings, and for each shard its file, size, SHA-256, the indices of its pairs, totals
     DIR/shard-00000.parquet ...
-    DIR/reference/            the same again, for the reference's log-probabilities
+    DIR/reference/            the same layout, with the reference's log-probabilities
 
-Every file is written under a temporary name, synced and renamed; a shard counts once the manifest lists it. What a
-kill leaves beside that (a temporary file, a shard not listed yet) is overwritten by the next run.
+Each file is written under a temporary name, synced and renamed, and a shard is part of the cache once the manifest
+lists it. After a kill, temporary files and shards that are not listed may remain; the next run overwrites them.
 """
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -31,11 +32,13 @@ from .errors import (
 )
 from .ranks import Ranks, ranks
 
+logger = logging.getLogger("dadpo_kernels")
+
 FORMAT = "dadpo-cache"
 VERSION = 1
 MANIFEST = "manifest.json"
 REFERENCE = "reference"  # the sub-directory of a teacher cache where its reference's log-probabilities are
-# What readers rely on; a capture records more, so that a resumed one can be compared with it.
+# The settings that readers need. A capture records more of them, with which a resumed one is compared.
 REQUIRED_SETTINGS: dict[str, dict[str, type]] = {
     "teacher": {"pairs": int, "k": int, "vocab_size": int, "tokens_sha256": str, "tokenizer_sha256": str},
     "reference": {"pairs": int, "tokens_sha256": str},
@@ -44,8 +47,14 @@ REQUIRED_SETTINGS: dict[str, dict[str, type]] = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file. `index`: the source indices of its rows, in order; `tokens`: answer tokens in it;
-    `max_id`: the largest token id anywhere in it."""
+    """One Parquet file.
+
+    Attributes:
+        file: name of the file; `bytes` and `sha256` are those of its content.
+        index: the index of each row's pair in the source, in the order of the rows.
+        tokens: number of answer tokens.
+        max_id: the largest token id in any column.
+    """
 
     file: str
     bytes: int
@@ -57,7 +66,7 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """`settings` are what a resumed capture must agree in; `info` is for people."""
+    """The content of `manifest.json`. A resumed capture must have the same `settings`; `info` is for people."""
 
     kind: str
     settings: dict[str, Any]
@@ -76,33 +85,39 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     """Parse and check `directory/manifest.json`.
 
     Raises:
-        CacheFormatError: there is none, it is not JSON, it lacks or mistypes a field, or a pair occurs twice.
+        CacheFormatError: the file is missing or not JSON, a field is missing or has another type, or a pair occurs
+            twice.
         CacheVersionError: its version is not `VERSION`.
     """
+    # Parse it, and check that this package knows its format.
     path = directory / MANIFEST
     try:
         document = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise CacheFormatError(f"{directory} is no {kind} cache: it has no {MANIFEST}") from None
+        raise CacheFormatError(f"{directory} is not a {kind} cache: it does not contain a {MANIFEST}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CacheFormatError(f"{path} is not JSON ({error}): capture again") from error
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise CacheFormatError(f"{path} is not the manifest of a {FORMAT}")
-    if (found := document.pop("version", None)) != VERSION:
+    if (version := document.pop("version", None)) != VERSION:
         raise CacheVersionError(
-            f"{directory} has version {found!r} of the format and this package reads version {VERSION}: capture "
-            "again, or install the dadpo-kernels that wrote it"
+            f"{directory} has version {version!r} of the format and this package reads version {VERSION}: capture "
+            "again, or install the version of dadpo-kernels that wrote it"
         )
+
+    # Check the fields' types, and the settings that readers need.
     manifest = _typed(Manifest, document, path)
     if manifest.kind != kind:
         raise CacheFormatError(f"{directory} is a cache of kind {manifest.kind!r}, {kind!r} is needed")
     manifest.shards = [_typed(Shard, shard, path) for shard in manifest.shards]
     listed = [i for shard in manifest.shards for i in shard.index]
     if not all(type(number) is int for number in listed):
-        raise CacheFormatError(f"{path} is malformed: every index must be an integer")
+        raise CacheFormatError(f"{path} is malformed: each index must be an integer")
     for name, needed in REQUIRED_SETTINGS[kind].items():
         if type(manifest.settings.get(name)) is not needed:
             raise CacheFormatError(f"{path} is malformed: settings.{name} must be of type {needed.__name__}")
+
+    # Files must be inside the directory, and each pair must occur once.
     if any(Path(shard.file).name != shard.file for shard in manifest.shards):
         raise CacheFormatError(f"{path} is malformed: a shard's file is not a plain file name")
     if len(set(listed)) != len(listed):
@@ -111,16 +126,19 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
 
 
 def read_complete(directory: Path, kind: str, *, verify: bool) -> Manifest:
-    """`read_manifest`, and all shards there: sizes always, SHA-256 if `verify`.
+    """Read the manifest of a finished cache and check its shards: their sizes, and with `verify` their SHA-256.
 
     Raises:
-        CacheIncompleteError, CacheTruncatedError, CacheChecksumError, and those of `read_manifest`.
+        CacheIncompleteError: the shards do not hold all pairs.
+        CacheTruncatedError: a shard is missing, or its size is wrong.
+        CacheChecksumError: a shard's content is wrong.
+        CacheError: other subclasses, as `read_manifest`.
     """
     manifest = read_manifest(directory, kind)
     if len(manifest.index()) != manifest.settings["pairs"]:
         raise CacheIncompleteError(
             f"{directory} holds {len(manifest.index())} of {manifest.settings['pairs']} pairs: run the same "
-            f"`dadpo {kind}` command again, it goes on where it stopped"
+            f"`dadpo {kind}` command again, it continues where it stopped"
         )
     for shard in manifest.shards:
         path, size = directory / shard.file, _size(directory, shard)
@@ -140,7 +158,7 @@ def _size(directory: Path, shard: Shard) -> int | None:
 
 
 def check_sha256(path: Path, expected: str) -> bytes:
-    """The file's content, or CacheChecksumError."""
+    """The file's content. Raises CacheChecksumError if it does not have this SHA-256."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != expected:
         raise CacheChecksumError(
@@ -157,8 +175,14 @@ def writing(
     info: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
 ) -> Iterator["ShardWriter"]:
-    """Open a directory for writing, and go on with what an interrupted run left there. `files` are written beside
-    the shards. When the block ends without an error, `ShardWriter.manifest` lists the shards of all processes.
+    """Open a directory for writing, and resume what an interrupted run wrote there. When the block ends without an
+    error, `ShardWriter.manifest` lists the shards of all processes.
+
+    Args:
+        kind: "teacher" or "reference".
+        settings: must be those of the interrupted run.
+        info: facts for people, which may differ from those of the interrupted run.
+        files: content of further files, by name.
 
     Raises:
         CacheSettingsError: the directory holds a capture with other settings.
@@ -171,7 +195,7 @@ def writing(
             writer.open(files or {})
         writer.ranks.barrier()
         writer.reread()
-        writer.ranks.barrier()  # nobody adds a shard before all have seen the same list
+        writer.ranks.barrier()  # all processes must have the same list before one of them adds a shard
         yield writer
         writer.ranks.barrier()
         if writer.ranks.rank == 0:
@@ -184,8 +208,8 @@ def writing(
 class ShardWriter:
     """Adds files to a directory that `writing` has opened.
 
-    The first process alone writes the manifest. The others leave each shard's entry in a file of its own, which the
-    first one collects whenever it writes.
+    Only the first process writes the manifest. The other ones write a record of each shard to a separate file, and the
+    first process moves these records to the manifest whenever it writes a shard.
     """
 
     directory: Path
@@ -193,39 +217,42 @@ class ShardWriter:
     ranks: Ranks
 
     def open(self, files: Mapping[str, bytes]) -> None:
-        """What the first process does before the others look."""
+        """Prepare the directory: the first process calls this before the other ones read the manifest."""
         for leftover in self.directory.glob(".*.tmp"):
             leftover.unlink()
         if (self.directory / MANIFEST).exists():
-            found = read_manifest(self.directory, self.manifest.kind)
-            found.shards += self._entries(found)
-            if found.shards:
-                _check_same(self.directory, found.settings, self.manifest.settings)
-                # A shard that was deleted or cut since is captured again.
-                found.shards = [shard for shard in found.shards if _size(self.directory, shard) == shard.bytes]
-                self.manifest = found
+            previous = read_manifest(self.directory, self.manifest.kind)
+            previous.shards += self._recorded_shards(previous)
+            if previous.shards:
+                _check_same(self.directory, previous.settings, self.manifest.settings)
+                # A shard that was deleted or cut since then is captured again.
+                intact = [shard for shard in previous.shards if _size(self.directory, shard) == shard.bytes]
+                lost = len(previous.shards) - len(intact)
+                logger.debug("%s: resuming after %d shards; %d were lost", self.directory, len(intact), lost)
+                previous.shards = intact
+                self.manifest = previous
         for name, content in files.items():
             self.write_file(name, content)
         self.collect()
 
     def reread(self) -> None:
-        """Take the manifest as the first process wrote it."""
+        """Read the manifest that the first process wrote."""
         if self.ranks.rank > 0:
-            found = read_manifest(self.directory, self.manifest.kind)
-            _check_same(self.directory, found.settings, self.manifest.settings)
-            self.manifest = found
+            written = read_manifest(self.directory, self.manifest.kind)
+            _check_same(self.directory, written.settings, self.manifest.settings)
+            self.manifest = written
 
     def collect(self) -> None:
-        """Write the manifest with the entries that other processes left."""
-        self.manifest.shards += self._entries(self.manifest)
+        """Write the manifest, with the shards that other processes have recorded."""
+        self.manifest.shards += self._recorded_shards(self.manifest)
         self.manifest.shards.sort(key=lambda shard: shard.file)
-        listed = [self._entry(shard.file) for shard in self.manifest.shards]
+        records = [self._record(shard.file) for shard in self.manifest.shards]
         self.write_file(MANIFEST, self.manifest.dump())
-        for path in listed:
+        for path in records:
             path.unlink(missing_ok=True)
 
     def write_shard(self, number: int, table: pa.Table, *, tokens: int, max_id: int) -> None:
-        """Write shard `number` and list it. One row a row group: a random pair is read without its neighbours."""
+        """Write shard `number` and list it. Each row is a row group, so a pair is read without its neighbours."""
         sink = pa.BufferOutputStream()
         pq.write_table(
             table, sink, row_group_size=1, compression="zstd", compression_level=3,
@@ -240,20 +267,20 @@ class ShardWriter:
             self.manifest.shards.append(shard)
             self.collect()
         else:
-            self.write_file(self._entry(file).name, json.dumps(asdict(shard)).encode())
+            self.write_file(self._record(file).name, json.dumps(asdict(shard)).encode())
 
-    def _entry(self, file: str) -> Path:
+    def _record(self, file: str) -> Path:
         return self.directory / f".{file}.json"
 
-    def _entries(self, manifest: Manifest) -> list[Shard]:
-        """Entries left by other processes for shards that the manifest does not list."""
-        paths = self.directory.glob(self._entry("*").name)
-        found = [_typed(Shard, json.loads(path.read_bytes()), path) for path in paths]
+    def _recorded_shards(self, manifest: Manifest) -> list[Shard]:
+        """Shards that other processes have recorded and the manifest does not list."""
+        paths = self.directory.glob(self._record("*").name)
+        recorded = [_typed(Shard, json.loads(path.read_bytes()), path) for path in paths]
         listed = manifest.index()
-        return [shard for shard in found if listed.isdisjoint(shard.index)]
+        return [shard for shard in recorded if listed.isdisjoint(shard.index)]
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Atomically: after a crash there is the old file or the new one, never a part."""
+        """Write a file atomically: after a crash, either the old or the new content is complete."""
         temporary = self.directory / f".{name}.{self.ranks.rank}-{os.getpid()}.tmp"
         with temporary.open("wb") as file:
             file.write(content)
@@ -267,11 +294,11 @@ class ShardWriter:
             os.close(descriptor)
 
 
-def _check_same(directory: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _check_same(directory: Path, previous: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     different = [
-        f"{name} is {found.get(name)!r} there and {asked.get(name)!r} now"
-        for name in dict.fromkeys((*found, *asked))
-        if found.get(name) != asked.get(name)
+        f"{name} was {previous.get(name)!r} and is {current.get(name)!r} now"
+        for name in dict.fromkeys((*previous, *current))
+        if previous.get(name) != current.get(name)
     ]
     if different:
         raise CacheSettingsError(
@@ -293,7 +320,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _typed(cls: Any, document: Any, path: Path) -> Any:
-    """A dataclass from a JSON object with exactly its fields and their outer types."""
+    """A dataclass from a JSON object, which must have exactly its fields, with their outer types."""
     expected: dict[str, Any] = {f.name: getattr(f.type, "__origin__", f.type) for f in fields(cls)}
     if not isinstance(document, dict) or {name: type(value) for name, value in document.items()} != expected:
         needed = ", ".join(f"{name}: {t.__name__}" for name, t in expected.items())

@@ -1,4 +1,4 @@
-"""Which token each id of a cache means: stored with it, so that another tokenizer is refused and the reason shown."""
+"""The token of each id, stored with a cache, so that another tokenizer is refused with the reason."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ VOCABULARY = "vocabulary.json"
 
 
 def vocabulary(tokenizer: Any) -> list[str | None]:
-    """The token of each id, added tokens included; None where the tokenizer has no token of this id."""
+    """The token of each id, added tokens included; None where the tokenizer does not have a token with this id."""
     by_id: dict[int, str] = {}
     for token, number in sorted(tokenizer.get_vocab().items()):
         by_id.setdefault(number, token)
@@ -19,25 +19,25 @@ def vocabulary(tokenizer: Any) -> list[str | None]:
 
 
 def vocabulary_file(tokens: list[str | None]) -> bytes:
-    """Content of a cache's `vocabulary.json`; its SHA-256 is the tokenizer's fingerprint."""
+    """The content of a cache's `vocabulary.json`; its SHA-256 is the tokenizer's fingerprint."""
     return (json.dumps(tokens, ensure_ascii=True, indent=0) + "\n").encode()
 
 
 def check_vocabulary(directory: Path, manifest: Manifest, tokenizer: Any) -> None:
     """Compare the vocabulary stored in a teacher cache with a tokenizer's, id by id.
 
-    Ids that only one of them has are no difference: models of a family pad or extend their vocabularies.
+    An id that only one of them has is allowed, because models of one family pad or extend their vocabularies.
 
     Raises:
-        CacheTokenizerError: an id is another token here than there.
+        CacheTokenizerError: an id stands for different tokens in the two.
         CacheChecksumError, CacheFormatError: the stored vocabulary is damaged or missing.
     """
     stored = read_vocabulary(directory, manifest)
-    for number, (there, here) in enumerate(zip(stored, vocabulary(tokenizer), strict=False)):
-        if there != here and there is not None and here is not None:
+    for number, (cached, given) in enumerate(zip(stored, vocabulary(tokenizer), strict=False)):
+        if cached != given and cached is not None and given is not None:
             raise CacheTokenizerError(
-                f"{directory} was captured with another tokenizer: id {number} is {there!r} there and {here!r} in the "
-                "one given. Teacher and student must share their tokenizer"
+                f"{directory} was captured with another tokenizer: id {number} is {cached!r} in the cache and "
+                f"{given!r} in the given tokenizer. Teacher and student must share their tokenizer"
             )
 
 

@@ -1,1 +1,1 @@
-"""What fills a teacher cache: pairs are read, tokenized and scored by a model here or by an inference server."""
+"""Fills a teacher cache: reads and tokenizes pairs, and scores them with a local model or an inference server."""

@@ -1,8 +1,8 @@
-"""What can be wrong with an inference engine that scores pairs; both are ValueErrors that say what to do."""
+"""Errors of an inference engine that scores pairs. They are ValueErrors, and their messages say what to do."""
 
 
-class AnswerError(ValueError):
-    """An inference engine's answer is not the log-probabilities it was asked for."""
+class ResponseError(ValueError):
+    """The response of an inference engine does not hold the requested log-probabilities."""
 
 
 class ServerError(ValueError):

@@ -1,19 +1,22 @@
-"""Models and tokenizers from the hub, a local directory or a GGUF file, as the commands take them."""
+"""Loads models and tokenizers from the hub, a local directory or a GGUF file, for the commands."""
 
+import logging
 import os
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+logger = logging.getLogger("dadpo_kernels")
+
 
 def load_tokenizer(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
-    """The tokenizer of a model, from the hub, a directory or a GGUF file in it."""
+    """The tokenizer of a model. The arguments are those of `load_model`."""
     return AutoTokenizer.from_pretrained(name, **_source(revision, gguf_file))
 
 
 def vocabulary_size(name: str, *, revision: str | None = None, gguf_file: str | None = None) -> int:
-    """Rows of a model's head, from its configuration."""
+    """The vocabulary size in a model's configuration. The arguments are those of `load_model`."""
     return AutoConfig.from_pretrained(name, **_source(revision, gguf_file)).get_text_config().vocab_size
 
 
@@ -28,18 +31,20 @@ def load_model(
     """A causal LM in evaluation mode.
 
     Args:
-        name: a model of the hub, or a directory.
+        name: name of a model on the hub, or a directory.
         revision: branch, tag or commit on the hub.
-        gguf_file: a GGUF file there; it is expanded to ordinary weights (needs the package `gguf`).
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on an accelerator, and float32
-            on a CPU.
-        device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: spread over the accelerators there are (of several processes
-            on a node, each takes its own), else the CPU.
+        gguf_file: name of a GGUF file in that repository or directory. It is expanded to ordinary weights, which
+            needs the package `gguf`.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: that of the checkpoint on an accelerator, and float32 on a
+            CPU.
+        device: `cpu`, `cuda`, `cuda:1`, ..., or `auto`: all accelerators, over which the layers are spread; the
+            accelerator of the local rank if several processes run on this node; the CPU if there is no accelerator.
     """
     if device == "auto":
         device = _local_device()
     if dtype == "auto" and device == "cpu":
         dtype = "float32"
+    logger.debug("%s is loaded with device_map=%s, dtype=%s", name, device, dtype)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **_source(revision, gguf_file))
     return model.eval()
 

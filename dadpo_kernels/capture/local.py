@@ -1,4 +1,4 @@
-"""The pass of a frozen model over preference pairs: the teacher's targets, or a reference's log-probabilities."""
+"""Captures in which a frozen model of this process scores the pairs, as the teacher or as the reference."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..cache.errors import CacheReferenceError
 from ..cache.fingerprints import model_fingerprint
-from ..cache.fold import asked_for, fold
-from ..cache.format import Targets, check_ids
+from ..cache.fold import entries_to_request, fold
+from ..cache.format import Targets, check_pair_ids
 from ..cache.pairs import IGNORE_INDEX, Pair, pad_pairs, tokens_sha256
 from ..cache.reader import read_tokens
-from ..cache.shard_run import REFERENCE_ROWS, Score, run_pass
+from ..cache.shard_run import REFERENCE_ROWS, Score, write_shards
 from ..cache.shards import REFERENCE, Manifest, read_complete, writing
 from ..cache.vocabulary import check_vocabulary
 from ..models.lm_head import check_lm_head, hidden_states, lm_head, unwrap
@@ -25,7 +25,8 @@ from ..ops.topk_logps import linear_topk_logps
 from .pairs import TokenizedPairs
 from .teacher import teacher_settings, write_teacher
 
-AnswerScore = Callable[[Tensor, Tensor], Targets]  # hidden [N, H], labels [N] -> arrays [N, ...]
+# Takes hidden states [2B, S, H] and labels [2B, S], gives values [2B, S, ...] by the names in ANSWER_COLUMNS.
+ScoreTokens = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 def capture_teacher(
@@ -40,24 +41,27 @@ def capture_teacher(
     shard_tokens: int = 65536,
     progress: bool = False,
 ) -> Manifest:
-    """Run the teacher over the pairs once and write its targets to the directory `out`.
+    """Let the teacher score the pairs once, and write its targets to the directory `out`.
 
-    At every answer token: the log-probability of the realised token and of the mass outside the top-k (float32), and
-    the k most probable ids with their log-probabilities (float16), under the softmax over the whole vocabulary at
-    temperature 1. Interrupted in any way, the same call goes on after the last finished shard. Processes started by
-    `torchrun` or `accelerate launch` share the shards; `out` must be a directory that all of them see. Batches are
-    made within shards, so the result does not depend on where a run was interrupted, or on the number of processes.
+    The targets of each answer token are the log-probabilities of the label and of the mass outside the top k
+    (float32), and the k most probable ids with their log-probabilities (float16), in nats. They are those of the
+    softmax over the whole vocabulary at temperature 1.
+
+    After any interruption, the same call continues after the last finished shard. Processes started by `torchrun` or
+    `accelerate launch` divide the shards among themselves; all of them must see the directory `out`. A batch never
+    crosses the border of a shard, so the result does not depend on interruptions or on the number of processes.
 
     Args:
-        model: the teacher, a causal LM of transformers, on its device. Its dtype is the precision of the pass.
-        tokenizer: the one that made `data`; its vocabulary is stored, to be compared with the student's.
+        model: the teacher, a causal LM of transformers, on its device. It computes in its dtype.
+        tokenizer: the one that made `data`. Its vocabulary is stored for the comparison with the student's.
         data: from `tokenize_pairs`.
-        k: top-k size, at most the vocabulary's.
-        student_vocab_size: rows of the student's head if they are fewer than the teacher's: no other ids are stored,
-            and the teacher's mass on them is part of the tail. A pair that has such a token is refused.
-        batch_tokens: padded tokens a forward pass, at least one pair. Changes speed and memory, and may be changed
-            when resuming.
-        shard_tokens: answer tokens a shard, about: what a kill costs at most.
+        k: top-k size, at most the vocabulary size.
+        student_vocab_size: vocabulary size of the student's LM head if it is smaller than the teacher's. Larger ids
+            are not stored, and the teacher's mass on them is part of the tail. A pair that has such a token is
+            refused.
+        batch_tokens: padded tokens per forward pass, but at least one pair. It changes speed and memory only, and may
+            be changed when a capture is resumed.
+        shard_tokens: approximate number of answer tokens per shard, which is the most that a kill can lose.
         progress: show a progress bar in tokens.
 
     Returns:
@@ -65,30 +69,35 @@ def capture_teacher(
 
     Raises:
         CacheSettingsError: `out` holds a capture with other settings; the message names them.
-        CacheVocabularyError: a pair has ids that the vocabulary has not.
-        ValueError: the model's head is not supported, the model gives NaN, or an argument is out of range.
+        CacheVocabularyError: a pair has ids outside the vocabulary.
+        TypeError, ValueError: the model's head is not supported.
+        ValueError: the model gives NaN, or an argument is out of range.
     """
     causal, head = _prepare(model)
     settings = teacher_settings(tokenizer, data, k, len(head.weight), student_vocab_size, shard_tokens) | {
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "model_sha256": model_fingerprint(causal),
     }
+    entries, vocab_size = entries_to_request(k, settings), settings["vocab_size"]
 
-    asked, folds = asked_for(k, settings), settings["vocab_size"] < len(head.weight)
-
-    def answer(hidden: Tensor, labels: Tensor) -> Targets:
-        out = linear_topk_logps(hidden, head, asked, labels=labels)
+    def score_tokens(hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        out = linear_topk_logps(hidden, head, entries, labels=labels)
         assert out.label is not None
-        columns = {
+        return {
             "label_logps": out.label.float(),
             "topk_ids": out.ids.int(),
             "topk_logps": out.logps.float(),
             "topk_tail": out.tail.float(),
         }
-        targets = {name: values.cpu().numpy() for name, values in columns.items()}
-        return fold("the teacher", targets, k, settings["vocab_size"]) if folds else targets
 
-    score = _model_score(causal, head, answer, batch_tokens)
+    score_shard = _model_score(causal, head, score_tokens, batch_tokens)
+
+    def score_and_fold(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
+        for pair, *sides in score_shard(number, shard):
+            chosen, rejected = (fold(f"pair {pair.index}", targets, k, vocab_size) for targets in sides)
+            yield pair, chosen, rejected
+
+    score = score_and_fold if vocab_size < len(head.weight) else score_shard
     return write_teacher(tokenizer, data, Path(out), settings, _name(causal), score, progress=progress)
 
 
@@ -102,43 +111,64 @@ def capture_reference(
     shard_tokens: int = 65536,
     progress: bool = False,
 ) -> Manifest:
-    """Score the pairs of a finished teacher cache with a reference model; the sums go to `cache/reference`, or `out`.
+    """Let a reference model score the pairs of a finished teacher cache, and write the sums over each answer.
 
-    Nothing of the teacher's is touched. Resumes as `capture_teacher` does.
+    The teacher's files are not changed. An interrupted capture resumes as that of `capture_teacher` does.
+
+    Args:
+        model: the reference, a causal LM of transformers, on its device. It computes in its dtype.
+        tokenizer: the reference's, compared with the vocabulary of the cache.
+        cache: directory of the teacher cache.
+        out: directory for the sums; None is `cache/reference`.
+        batch_tokens, shard_tokens, progress: as in `capture_teacher`.
+
+    Returns:
+        The finished manifest of the reference.
 
     Raises:
-        CacheTokenizerError, CacheVocabularyError: the cache's ids mean other tokens to this model, or none.
+        CacheTokenizerError: the tokenizer gives some ids of the cache another meaning.
+        CacheVocabularyError: the cache has ids outside the model's vocabulary.
+        CacheReferenceError: the tokens in the cache have changed since it was captured.
         CacheSettingsError: the directory holds the log-probabilities of another reference.
+        CacheError: other subclasses, if the cache is not finished or damaged.
+        TypeError, ValueError: as `capture_teacher`.
     """
+    # Read the pairs, and check that they are those of the cache and fit the model.
     cache = Path(cache)
-    targets = read_complete(cache, "teacher", verify=False)
-    check_vocabulary(cache, targets, tokenizer)
+    manifest = read_complete(cache, "teacher", verify=False)
+    check_vocabulary(cache, manifest, tokenizer)
     causal, head = _prepare(model)
-    pairs = read_tokens(cache, targets)
-    _check_pairs(pairs, len(head.weight))
-    if (found := tokens_sha256(pairs)) != targets.settings["tokens_sha256"]:
-        raise CacheReferenceError(f"the tokens in {cache} are not those it was captured with (SHA-256 {found})")
+    pairs = read_tokens(cache, manifest)
+    check_pair_ids(pairs, len(head.weight))
+    fingerprint = tokens_sha256(pairs)
+    if fingerprint != manifest.settings["tokens_sha256"]:
+        raise CacheReferenceError(f"the tokens in {cache} have changed since the capture (SHA-256 {fingerprint})")
+
+    # Score them.
     settings = {
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "shard_tokens": shard_tokens,
         "pairs": len(pairs),
-        "tokens_sha256": found,
+        "tokens_sha256": fingerprint,
         "model_sha256": model_fingerprint(causal),
     }
 
-    def answer(hidden: Tensor, labels: Tensor) -> Targets:
-        selected = linear_selected_logps(hidden, head, labels)
-        return {"label_logps": selected.label.cpu().numpy()}
+    def score_tokens(hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"label_logps": linear_selected_logps(hidden, head, labels).label}
 
     directory = cache / REFERENCE if out is None else Path(out)
-    score = _model_score(causal, head, answer, batch_tokens)
+    score = _model_score(causal, head, score_tokens, batch_tokens)
     with writing(directory, "reference", settings, {"model": _name(causal)}) as writer:
-        run_pass(pairs, writer, REFERENCE_ROWS, score, shard_tokens=shard_tokens, progress=progress)
+        write_shards(pairs, writer, REFERENCE_ROWS, score, shard_tokens=shard_tokens, progress=progress)
     return writer.manifest
 
 
 def batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[Sequence[Pair]]:
-    """Consecutive pairs, longest first, with at most `batch_tokens` padded tokens a batch but at least one pair."""
+    """Batches of consecutive pairs with at most `batch_tokens` padded tokens each, but at least one pair.
+
+    Args:
+        pairs: sorted by falling length.
+    """
     start = 0
     while start < len(pairs):
         size = max(1, batch_tokens // (2 * pairs[start].length))
@@ -146,14 +176,14 @@ def batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[Sequence[Pair]
         start += size
 
 
-def _model_score(model: Any, head: Head, answer: AnswerScore, batch_tokens: int) -> Score:
+def _model_score(model: Any, head: Head, score_tokens: ScoreTokens, batch_tokens: int) -> Score:
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
 
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
         for batch in batches(shard, batch_tokens):
             with torch.inference_mode(), _evaluating(model):
-                scored = list(_score_batch(model, head, batch, answer))
+                scored = list(_score_batch(model, head, batch, score_tokens))
             yield from scored
 
     return score
@@ -170,26 +200,27 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _score_batch(
-    model: Any, head: Head, pairs: Sequence[Pair], answer: AnswerScore
+    model: Any, head: Head, pairs: Sequence[Pair], score_tokens: ScoreTokens
 ) -> Iterator[tuple[Pair, Targets, Targets]]:
-    """Each pair with the arrays of its chosen and of its rejected answer."""
+    """Each pair with the targets of its chosen and of its rejected answer."""
     input_ids, attention_mask, labels = pad_pairs(pairs, pad_token_id=0)
     device = model.get_input_embeddings().weight.device
     hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
+    # The primitives skip the positions without a label, so only their small outputs are compacted here.
+    values = score_tokens(hidden.to(head.weight.device), labels.to(head.weight.device))
     valid = labels != IGNORE_INDEX
-    hidden = hidden[valid.to(hidden.device)].to(head.weight.device)
-    arrays = answer(hidden, labels[valid].to(head.weight.device))
+    arrays = {name: tensor.cpu()[valid].numpy() for name, tensor in values.items()}
     if not np.isfinite(arrays["label_logps"]).all():
         raise ValueError(
             f"{type(model).__name__} gives NaN or infinite log-probabilities for answers of the pairs "
             f"{[pair.index for pair in pairs]}: run it in another dtype (float16 overflows where bfloat16 does not)"
         )
     ends = valid.sum(1).cumsum(0).tolist()
-    rows = [
-        {name: values[start:end] for name, values in arrays.items()}
+    answers = [
+        {name: array[start:end] for name, array in arrays.items()}
         for start, end in zip([0, *ends], ends, strict=False)
     ]
-    return zip(pairs, rows[: len(pairs)], rows[len(pairs) :], strict=True)
+    return zip(pairs, answers[: len(pairs)], answers[len(pairs) :], strict=True)
 
 
 def _prepare(model: nn.Module) -> tuple[Any, Head]:
@@ -197,13 +228,7 @@ def _prepare(model: nn.Module) -> tuple[Any, Head]:
     return unwrap(model), lm_head(model)
 
 
-def _check_pairs(pairs: Sequence[Pair], vocab_size: int) -> None:
-    for pair in pairs:
-        for ids in pair.ids:
-            check_ids(f"pair {pair.index}", ids, vocab_size)
-
-
 def _name(model: Any) -> str:
-    """The hub's name or the directory's own, without the path to it: caches are shared."""
+    """The model's name on the hub, or of its directory without the path, because caches are shared with others."""
     name = model.config._name_or_path
     return Path(name).name if Path(name).is_dir() else name

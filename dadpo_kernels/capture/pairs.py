@@ -1,4 +1,4 @@
-"""Preference pairs: from records to token ids, and from token ids to padded batches."""
+"""Reads preference pairs and prompts, and makes token ids from them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from .sources import as_pair, records
 
 
 class TokenizedPairs(NamedTuple):
-    """Pairs ready for a model, and how they came about."""
+    """Preference pairs as token ids, and how they were made."""
 
     pairs: list[Pair]
     max_length: int | None
@@ -24,10 +24,13 @@ class TokenizedPairs(NamedTuple):
 
 
 def read_pairs(source: str | Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Pairs `{"prompt", "chosen", "rejected"}` of a file or data set (`sources.records` says which), at most `limit`.
+    """Read at most `limit` pairs `{"prompt", "chosen", "rejected"}` from a file or data set.
+
+    Args:
+        source: see `sources.records`. The accepted forms of a record are those of `sources.as_pair`.
 
     Raises:
-        ValueError: a record cannot be read or is no pair (`sources.as_pair` says what is), or there is none.
+        ValueError: a record cannot be read or is not a pair, or the source is empty.
     """
     pairs: list[dict[str, Any]] = []
     for where, record in islice(records(source), limit):
@@ -39,10 +42,13 @@ def read_pairs(source: str | Path, limit: int | None = None) -> list[dict[str, A
 
 
 def read_prompts(source: str | Path, limit: int | None = None) -> list[Any]:
-    """The column `prompt` of a file or data set: strings, or lists of messages.
+    """Read at most `limit` prompts, strings or lists of messages, from the column `prompt` of a file or data set.
+
+    Args:
+        source: see `sources.records`.
 
     Raises:
-        ValueError: a record cannot be read, has no prompt, or there is none.
+        ValueError: a record cannot be read or does not have a prompt, or the source is empty.
     """
     prompts = []
     for where, record in islice(records(source), limit):
@@ -60,23 +66,24 @@ def tokenize_pairs(
 ) -> TokenizedPairs:
     """Token ids of preference pairs, as TRL's `DPOTrainer` makes them.
 
-    - Conversational (lists of messages): the tokenizer's chat template is applied to `prompt` with the generation
-      prompt, and to `prompt + answer`; what the second has after the first are the answer's tokens. The record's
-      `tools` and `chat_template_kwargs` are passed on.
-    - Standard (strings): `prompt` and `prompt + answer + eos_token` are tokenized as they stand.
-    - `max_length` keeps the start: answers are cut, and a pair whose prompt alone fills it is skipped.
+    - Conversational pairs (lists of messages): the tokenizer's chat template is applied to `prompt` with the
+      generation prompt, and to `prompt + answer`. The answer's tokens are those of the second after the first. The
+      record's `tools` and `chat_template_kwargs` are passed to the template.
+    - Standard pairs (strings): `prompt` and `prompt + answer + eos_token` are tokenized unchanged.
+    - A sequence longer than `max_length` loses the end of its answer, and a pair whose prompt alone has `max_length`
+      tokens is skipped.
 
-    One thing is stricter than in TRL: where the tokens of the prompt are not a prefix of those of prompt and answer,
-    TRL warns and drops the end of the prompt, and the student would learn from a context it never meets.
+    One case is an error that TRL only warns about: the tokens of the prompt are not a prefix of those of prompt and
+    answer. TRL drops the end of the prompt then, and the student would be trained on a context that never occurs.
 
     Args:
         records: `{"prompt", "chosen", "rejected"}` each; further columns are ignored.
         tokenizer: a tokenizer of transformers.
-        max_length: tokens of prompt and answer together, or None.
+        max_length: maximum number of tokens of prompt and answer together, or None.
         progress: show a progress bar.
 
     Raises:
-        ValueError: a record is malformed, a prompt is no prefix or empty, an answer is empty, or nothing is left.
+        ValueError: a record is malformed, a prompt is empty or not a prefix, an answer is empty, or no pair is left.
     """
     from tqdm import tqdm
 
@@ -85,6 +92,7 @@ def tokenize_pairs(
     pairs: list[Pair] = []
     truncated, skipped = 0, []
     for index, record in enumerate(tqdm(records, desc="tokenizing", unit="pair", disable=not progress)):
+        # The prompt's ids, and those of the prompt with each of the answers.
         where = f"pair {index}"
         _check_record(where, record)
         prompt, *full = _conversation(tokenizer, record) if _is_chat(record) else _text(tokenizer, record)
@@ -93,6 +101,8 @@ def tokenize_pairs(
         if max_length is not None and len(prompt) >= max_length:
             skipped.append(index)
             continue
+
+        # The answers' ids are what follows the prompt, up to max_length.
         answers = []
         for name, ids in zip(("chosen", "rejected"), full, strict=True):
             if ids[: len(prompt)] != prompt:
@@ -148,8 +158,8 @@ def _not_a_prefix(where: str, name: str, tokenizer: Any, prompt: list[int], ids:
 def _check_record(where: str, record: Any) -> None:
     names = ("prompt", "chosen", "rejected")
     if not isinstance(record, dict) or (missing := [name for name in names if name not in record]):
-        lacks = f" lacks {', '.join(missing)}" if isinstance(record, dict) else " is no object"
-        raise ValueError(f"{where}:{lacks}. A pair needs prompt, chosen and rejected, with the prompt on its own")
+        reason = f"missing {', '.join(missing)}" if isinstance(record, dict) else "not an object"
+        raise ValueError(f"{where}: {reason}. A pair needs prompt, chosen and rejected, with the prompt as a column")
     if all(isinstance(record[name], str) for name in names):
         return
     if not all(isinstance(record[name], list) and all(map(_is_message, record[name])) for name in names):

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..cache.fold import asked_for, fold
+from ..cache.fold import entries_to_request, fold
 from ..cache.format import Targets
 from ..cache.pairs import Pair
 from ..cache.shards import Manifest
 from .pairs import TokenizedPairs
 from .prompt_logprobs import answer_targets
-from .scored import Answers
+from .scored_sequences import ScoredSequences
 from .server import CompletionsServer
 from .teacher import teacher_settings, write_teacher
 
@@ -37,21 +37,28 @@ def capture_from_server(
 ) -> Manifest:
     """Let a running server score the pairs, and write the teacher's targets to the directory `out`.
 
-    The cache is that of `capture_teacher`, but for the tail, which no server gives: see `answer_targets`. Each answer
-    is kept as it comes, so that an interrupted run, resumed with the same call, sends no token twice.
+    The cache is the same as that of `capture_teacher` except for the tail, which servers do not return: see
+    `answer_targets`. Each scored sequence is stored immediately, so that the same call, after an interruption, sends
+    only those that are missing.
 
     Args:
-        server: serves the teacher; a `CompletionsServer` or a `SGLangServer`.
-        tokenizer: the teacher's, the one that made `data`. Token ids are sent, never text.
-        k: top-k size; vLLM's limit is 20 unless it is started with `--max-logprobs`.
-        vocab_size: of the teacher's configuration.
-        concurrency: requests under way at a time.
-        data, out, student_vocab_size, shard_tokens, progress: as `capture_teacher` takes them; with a smaller student
-            vocabulary up to k + 16 log-probabilities a position are asked for.
+        server: a `CompletionsServer` or a `SGLangServer` that serves the teacher.
+        tokenizer: the teacher's, which also made `data`. The server receives token ids, never text.
+        data: from `tokenize_pairs`.
+        k: top-k size. vLLM's limit is 20 unless it is started with `--max-logprobs`.
+        vocab_size: vocabulary size in the teacher's configuration.
+        student_vocab_size: as in `capture_teacher`. With a smaller student vocabulary, up to k + 16 log-probabilities
+            per position are requested.
+        concurrency: number of simultaneous requests.
+        out, shard_tokens, progress: as in `capture_teacher`.
+
+    Returns:
+        The finished manifest.
 
     Raises:
-        ServerError, AnswerError: the server fails for longer than its retries last; what came before is kept.
+        ServerError, ResponseError: a request fails after all retries; the sequences scored so far stay stored.
         CacheSettingsError: `out` holds a capture with other settings; the message names them.
+        ValueError: `concurrency` or `k` is out of range.
     """
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
@@ -59,66 +66,74 @@ def capture_from_server(
     settings |= {"served_model": server.model}
     run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     directory = Path(out)
-    started: list[Path] = []  # files of answers whose shard is written when the next one is asked for
+
+    # The scored sequences of a shard are deleted when the next one is scored, because it has been written by then.
+    obsolete: list[Path] = []
 
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
-        while started:
-            started.pop().unlink()
+        while obsolete:
+            obsolete.pop().unlink()
         path = directory / f".answers-{run}-{number:05d}.sqlite"
-        started.append(path)
-        with closing(Answers(path)) as answers, ThreadPoolExecutor(concurrency) as executor:
-            yield from _ask(executor, server, shard, answers, settings)
+        obsolete.append(path)
+        with closing(ScoredSequences(path)) as scored, ThreadPoolExecutor(concurrency) as executor:
+            yield from _score_shard(executor, server, shard, scored, settings)
 
     manifest = write_teacher(tokenizer, data, directory, settings, server.model, score, progress=progress)
-    for path in directory.glob(".answers-*"):  # a kill may have left those of a shard that was just written
+    for path in directory.glob(".answers-*"):  # also those of a shard that was written just before a kill
         path.unlink(missing_ok=True)
     return manifest
 
 
-def _ask(
+def _score_shard(
     executor: ThreadPoolExecutor,
     server: CompletionsServer,
     shard: Sequence[Pair],
-    answers: Answers,
+    scored: ScoredSequences,
     settings: dict[str, Any],
 ) -> Iterator[tuple[Pair, Targets, Targets]]:
-    """Pairs as their two answers get complete: sequence 2i is pair i with its chosen answer, 2i + 1 with the other."""
+    """Pairs with their targets, in the order in which their second side gets scored.
+
+    Sequence 2i is pair i with its chosen answer, and sequence 2i + 1 with its rejected answer.
+    """
+    # Give the pairs of which both sides are stored.
     sequences = _sequences(shard)
-    found: dict[int, Targets] = {}
+    targets: dict[int, Targets] = {}
     for i, (ids, start) in enumerate(sequences):
-        if (kept := answers.read(i, len(ids) - start)) is not None:
-            found[i] = kept
+        if (stored := scored.read(i, len(ids) - start)) is not None:
+            targets[i] = stored
     for i, pair in enumerate(shard):
-        if 2 * i in found and 2 * i + 1 in found:
-            yield pair, found[2 * i], found[2 * i + 1]
+        if 2 * i in targets and 2 * i + 1 in targets:
+            yield pair, targets[2 * i], targets[2 * i + 1]
 
     k, vocab_size, teacher_size = settings["k"], settings["vocab_size"], settings["teacher_vocab_size"]
-    wanted = asked_for(k, settings)
+    entries = entries_to_request(k, settings)
     stopped = threading.Event()
 
-    def ask(i: int) -> Targets:
+    def request(i: int) -> Targets:
         ids, start = sequences[i]
 
-        def parse(answer: Any) -> Targets:
-            return answer_targets(answer, ids, start, wanted, teacher_size)
+        def parse(prompt_logprobs: Any) -> Targets:
+            return answer_targets(prompt_logprobs, ids, start, entries, teacher_size)
 
-        targets = server.score(ids, start, wanted, parse, stopped)
-        return fold(f"pair {shard[i // 2].index}", targets, k, vocab_size) if vocab_size < teacher_size else targets
+        parsed = server.score(ids, start, entries, parse, stopped)
+        return fold(f"pair {shard[i // 2].index}", parsed, k, vocab_size) if vocab_size < teacher_size else parsed
 
-    asked = {executor.submit(ask, i): i for i in range(len(sequences)) if i not in found}
+    # Request the others, and store each sequence before its pair is given.
+    requests = {executor.submit(request, i): i for i in range(len(sequences)) if i not in targets}
     try:
-        for future in as_completed(asked):
-            i = asked[future]
-            found[i] = future.result()
-            answers.write(i, found[i])
-            if i ^ 1 in found:
-                yield shard[i // 2], found[i & ~1], found[i | 1]
-    finally:  # after an error, the requests under way end and their answers are kept
+        for future in as_completed(requests):
+            i = requests[future]
+            targets[i] = future.result()
+            scored.write(i, targets[i])
+            if i ^ 1 in targets:
+                yield shard[i // 2], targets[i & ~1], targets[i | 1]
+    finally:
+        # After an error, wait for the requests that have been sent, and store what they return.
         stopped.set()
         executor.shutdown(cancel_futures=True)
-        for future, i in asked.items():
-            if i not in found and not future.cancelled() and future.exception() is None:
-                answers.write(i, future.result())
+        for future, i in requests.items():
+            if i not in targets and not future.cancelled() and future.exception() is None:
+                scored.write(i, future.result())
 
 
 def capture_from_vllm(
@@ -134,17 +149,20 @@ def capture_from_vllm(
     shard_tokens: int = 65536,
     progress: bool = False,
 ) -> Manifest:
-    """Let vLLM in this process score the pairs; resumed after the last finished shard.
+    """Let vLLM in this process score the pairs. An interrupted capture resumes after the last finished shard.
 
     Args:
         llm: `vllm.LLM(model, max_logprobs=k, ...)`.
-        vocab_size: of the teacher's configuration.
-        model: the teacher's name, by which a resumed run is compared with what is there.
-        flat_logprobs: vLLM's compact form, for versions that have it.
-        tokenizer, data, out, k, shard_tokens, progress: as `capture_from_server` takes them.
+        vocab_size: vocabulary size in the teacher's configuration.
+        model: the teacher's name; a resumed capture must give the same one.
+        flat_logprobs: request vLLM's compact form; False for versions that do not have it.
+        tokenizer, data, out, k, shard_tokens, progress: as in `capture_from_server`.
+
+    Returns:
+        The finished manifest.
 
     Raises:
-        AnswerError, CacheSettingsError: as `capture_from_server`.
+        ResponseError, CacheSettingsError, ValueError: as `capture_from_server`.
     """
     from vllm import SamplingParams
 
@@ -166,9 +184,9 @@ def capture_from_vllm(
 
 
 def _sequences(shard: Sequence[Pair]) -> list[tuple[list[int], int]]:
-    """Ids of prompt and answer, and where the answer starts: chosen and rejected of each pair in turn."""
+    """`(ids, start)` of both sides of each pair in turn: the ids of prompt and answer, and where the answer starts."""
     return [
-        (np.concatenate((pair.prompt_ids, answer)).tolist(), len(pair.prompt_ids))
+        (np.concatenate((pair.prompt_ids, answer_ids)).tolist(), len(pair.prompt_ids))
         for pair in shard
-        for answer in (pair.chosen_ids, pair.rejected_ids)
+        for answer_ids in (pair.chosen_ids, pair.rejected_ids)
     ]

@@ -1,10 +1,11 @@
-"""Clients of inference servers that score prompts: OpenAI-compatible ones as vLLM's, and SGLang's own interface.
+"""Clients of inference servers that score prompts: OpenAI-compatible ones such as vLLM's, and SGLang's `/generate`.
 
-A server's answers are untrusted: each request has a deadline and a limit on the size of its answer, and whatever comes
-back is either what was asked for or one of two errors.
+The responses of a server are not trusted. Each request has a deadline and a limit on the size of its response, and a
+client either returns what was requested or raises ServerError or ResponseError.
 """
 
 import json
+import logging
 import random
 import threading
 import time
@@ -13,33 +14,37 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from .errors import AnswerError, ServerError
+from .errors import ResponseError, ServerError
 from .prompt_logprobs import from_sglang
 
+logger = logging.getLogger("dadpo_kernels")
+
 T = TypeVar("T")
-_RETRIED = (408, 409, 425, 429)  # beside 5xx: the server asks for patience
+_RETRIED = (408, 409, 425, 429)  # in addition to 5xx: the server may accept the same request later
 _LONGEST_WAIT = 60.0  # seconds between attempts
 _LONGEST_CONNECT = 30.0  # seconds
-_BYTES_AN_ENTRY = 1024  # of JSON, many times what vLLM writes
+_BYTES_PER_ENTRY = 1024  # of JSON; vLLM needs a small part of that
 
 
 class CompletionsServer:
-    """`POST /v1/completions` with token ids and `prompt_logprobs`. Any number of threads may share one.
+    """Sends token ids to `POST /v1/completions` and asks for `prompt_logprobs`. Threads can share a client.
 
-    Connections that break, timeouts, 408, 409, 425, 429, 5xx and malformed answers are tried again, after 1, 2, 4, ...
-    60 seconds or what `Retry-After` says up to that.
+    A request is sent again after a broken connection, a timeout, status 408, 409, 425, 429 or 5xx, or a malformed
+    response. The client waits 1, 2, 4, ... seconds before that, or as long as `Retry-After` says, but not more than
+    60.
 
     Args:
         url: of the server, with or without `/v1`.
-        model: the name it serves the teacher under; None takes the only one there is.
+        model: name under which the server offers the teacher; None takes the server's only model.
         api_key: sent as a bearer token.
-        timeout: seconds until an answer must be complete.
-        attempts: how often a request is sent at most.
+        timeout: seconds until a response must be complete.
+        attempts: maximum number of times a request is sent.
         backoff: seconds before the first retry.
 
     Raises:
-        ServerError: the server cannot be reached, refuses, or serves several models and none was named.
-        AnswerError: its answers stay malformed.
+        ValueError: an argument is out of range.
+        ServerError: the server cannot be reached, refuses the request, or serves several models and `model` is None.
+        ResponseError: all responses to a request are malformed.
     """
 
     _path = "/v1/completions"
@@ -71,23 +76,33 @@ class CompletionsServer:
     def score(
         self, ids: Sequence[int], start: int, k: int, parse: Callable[[Any], T], stopped: threading.Event | None = None
     ) -> T:
-        """`parse(prompt_logprobs)` of a sequence whose answer begins at `start`; what comes before may be None there.
-        An AnswerError of `parse` counts as a malformed answer; once `stopped` is set, nothing is tried again."""
+        """Let the server score a sequence, and return `parse(prompt_logprobs)`.
+
+        Args:
+            ids: token ids of prompt and answer.
+            start: position of the answer's first token. The elements of `prompt_logprobs` before it may be None.
+            k: number of entries per position.
+            parse: if it raises a ResponseError, the response counts as malformed.
+            stopped: once it is set, a failed request is not sent again.
+
+        Raises:
+            ServerError, ResponseError: the request failed, after all attempts.
+        """
 
         def parse_document(document: Any) -> T:
             return parse(self._prompt_logprobs(document, ids, start, k))
 
-        question = self._question([int(token) for token in ids], start, k)
-        limit = 2**20 + len(ids) * (k + 2) * _BYTES_AN_ENTRY
+        body = self._body([int(token) for token in ids], start, k)
+        limit = 2**20 + len(ids) * (k + 2) * _BYTES_PER_ENTRY
         hint = self._limits.format(k=k, tokens=len(ids))
-        return self._request("POST", self._path, question, limit, parse_document, stopped or threading.Event(), hint)
+        return self._request("POST", self._path, body, limit, parse_document, stopped or threading.Event(), hint)
 
-    def _question(self, ids: list[int], start: int, k: int) -> dict[str, Any]:
+    def _body(self, ids: list[int], start: int, k: int) -> dict[str, Any]:
         return {
             "model": self.model,
             "prompt": ids,
             "prompt_logprobs": k,
-            "max_tokens": 1,  # the least a server generates; what it generates is ignored
+            "max_tokens": 1,  # a server generates at least one token, which is ignored
             "temperature": 0.0,
             "stream": False,
         }
@@ -95,7 +110,7 @@ class CompletionsServer:
     def _prompt_logprobs(self, document: dict[str, Any], ids: Sequence[int], start: int, k: int) -> Any:
         choices = document.get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise AnswerError("an answer with one choice is needed")
+            raise ResponseError("a response with one choice is needed")
         return choices[0].get("prompt_logprobs")
 
     def close(self) -> None:
@@ -105,12 +120,14 @@ class CompletionsServer:
         def parse(document: Any) -> list[str]:
             data = document.get("data")
             if not isinstance(data, list) or not all(isinstance(model, dict) for model in data):
-                raise AnswerError("a list of models is needed")
+                raise ResponseError("a list of models is needed")
             return [str(model.get("id")) for model in data]
 
         served = self._request("GET", "/v1/models", None, 2**22, parse, threading.Event(), "Check the URL")
         if len(served) != 1:
-            raise ServerError(f"{self.url} serves {len(served)} models, name one of them: {', '.join(served)[:500]}")
+            raise ServerError(
+                f"{self.url} serves {len(served)} models, give the name of one of them: {', '.join(served)[:500]}"
+            )
         return served[0]
 
     def _request(
@@ -125,26 +142,28 @@ class CompletionsServer:
     ) -> T:
         delay = self._backoff
         for attempt in range(1, self._attempts + 1):
-            wait = delay * random.uniform(0.75, 1.25)  # or all threads come back at once
+            wait = delay * random.uniform(0.75, 1.25)  # so that the threads do not all return at the same time
             try:
                 status, headers, content = self._send(method, path, body, limit)
                 if status == 200:
                     return parse(_json_object(content))
-                reason: Exception = ServerError(f"{self.url}{path} answers {status}: {_message(content)}")
+                reason: Exception = ServerError(f"{self.url}{path} responds with status {status}: {_message(content)}")
                 if status < 500 and status not in _RETRIED:
                     raise _refused(reason, status, hint)
                 wait = max(wait, _seconds(headers.get("retry-after")))
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 reason = ServerError(f"{self.url}{path} cannot be reached: {type(error).__name__} {error}")
-            except AnswerError as error:
-                reason = AnswerError(f"{self.url}{path}: {error}")
+            except ResponseError as error:
+                reason = ResponseError(f"{self.url}{path}: {error}")
+            logger.debug("attempt %d of %d failed: %s", attempt, self._attempts, reason)
             if attempt == self._attempts or stopped.wait(min(wait, _LONGEST_WAIT)):
                 raise type(reason)(f"{reason} (tried {attempt} times)") from None
             delay = min(2 * delay, _LONGEST_WAIT)
         raise AssertionError("unreachable")
 
     def _send(self, method: str, path: str, body: Any, limit: int) -> tuple[int, httpx2.Headers, bytes]:
-        """Status, headers and body. httpx2's timeouts are for single reads: a deadline stops a server that drips."""
+        """Status, headers and body. The deadline is for a server that sends slowly: httpx2's timeouts only limit the
+        time between two reads."""
         deadline = time.monotonic() + self._timeout
         parts, size = [], 0
         with self._client.stream(method, self.url + path, json=body) as response:
@@ -152,20 +171,20 @@ class CompletionsServer:
                 parts.append(part)
                 size += len(part)
                 if size > limit:
-                    raise AnswerError(f"an answer of more than {limit} bytes")
+                    raise ResponseError(f"a response of more than {limit} bytes")
                 if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(f"no complete answer after {self._timeout:g} s")
+                    raise httpx2.ReadTimeout(f"no complete response after {self._timeout:g} s")
         return response.status_code, response.headers, b"".join(parts)
 
 
 class SGLangServer(CompletionsServer):
-    """`POST /generate` of SGLang with token ids and `return_logprob`, which scores the answer alone and so takes the
-    prompt from the server's prefix cache. Arguments and errors are those of `CompletionsServer`."""
+    """Sends token ids to `POST /generate` of SGLang and asks for `return_logprob`. SGLang scores the answer only, so
+    that the prompt can come from its prefix cache. Arguments and errors are those of `CompletionsServer`."""
 
     _path = "/generate"
     _limits = "SGLang must be started with a --context-length above {tokens} tokens"
 
-    def _question(self, ids: list[int], start: int, k: int) -> dict[str, Any]:
+    def _body(self, ids: list[int], start: int, k: int) -> dict[str, Any]:
         return {
             "input_ids": ids,
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
@@ -183,9 +202,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise AnswerError(f"not JSON ({error})") from None
+        raise ResponseError(f"the response is not JSON ({error})") from None
     if not isinstance(document, dict):
-        raise AnswerError("a JSON object is needed")
+        raise ResponseError("a JSON object is needed")
     return document
 
 
@@ -194,7 +213,7 @@ def _message(content: bytes) -> str:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Seconds of a `Retry-After` header; its other form, a date, is left to the backoff."""
+    """The seconds in a `Retry-After` header; 0 for its other form, a date, so that the backoff applies."""
     return float(retry_after) if retry_after and retry_after.isascii() and retry_after.isdigit() else 0.0
 
 

@@ -1,12 +1,12 @@
-"""What every capture of a teacher has in common, whatever runs the model: its settings and the files it writes."""
+"""The settings and files of a teacher cache, which are the same whatever runs the teacher."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from ..cache.format import check_ids
+from ..cache.format import check_pair_ids
 from ..cache.pairs import tokens_sha256
-from ..cache.shard_run import TEACHER_ROWS, Score, run_pass
+from ..cache.shard_run import TEACHER_ROWS, Score, write_shards
 from ..cache.shards import Manifest, writing
 from ..cache.vocabulary import VOCABULARY, vocabulary, vocabulary_file
 from .pairs import TokenizedPairs
@@ -20,13 +20,16 @@ def teacher_settings(
     student_vocab_size: int | None,
     shard_tokens: int,
 ) -> dict[str, Any]:
-    """What a resumed capture must agree in, whatever runs the teacher."""
+    """The settings of a teacher's capture, which must be the same when it is resumed.
+
+    Raises:
+        ValueError: k is not between 0 and the size of the shared vocabulary.
+        CacheVocabularyError: a pair has a token outside the shared vocabulary.
+    """
     vocab_size = min(teacher_vocab_size, student_vocab_size or teacher_vocab_size)
     if not 0 <= k <= vocab_size:
         raise ValueError(f"k={k} is outside [0, {vocab_size}], the vocabulary of teacher and student")
-    for pair in data.pairs:
-        for ids in pair.ids:
-            check_ids(f"pair {pair.index}", ids, vocab_size)
+    check_pair_ids(data.pairs, vocab_size)
     return {
         "k": k,
         "temperature": 1.0,
@@ -51,9 +54,9 @@ def write_teacher(
     *,
     progress: bool,
 ) -> Manifest:
-    """`run_pass` into a teacher cache."""
+    """Score all pairs with `score` and write them to the directory `out` as a teacher cache."""
     info = {"model": model, "truncated_answers": data.truncated, "skipped_pairs": data.skipped}
     files = {VOCABULARY: vocabulary_file(vocabulary(tokenizer))}
     with writing(out, "teacher", settings, info, files) as writer:
-        run_pass(data.pairs, writer, TEACHER_ROWS, score, shard_tokens=settings["shard_tokens"], progress=progress)
+        write_shards(data.pairs, writer, TEACHER_ROWS, score, shard_tokens=settings["shard_tokens"], progress=progress)
     return writer.manifest

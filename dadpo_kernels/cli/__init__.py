@@ -1,5 +1,6 @@
-"""The command `dadpo`: `main` and one module a sub-command.
+"""The command `dadpo`: `main`, and one module for each sub-command.
 
-A sub-command's `configure(parser)` declares its arguments and imports argparse only, so that `--help` answers at once;
-its `run(args) -> int` does the work and imports what that needs.
+The module of a sub-command has two functions. `configure(parser)` declares the arguments and imports only the standard
+library, so that `--help` is fast. `run(args) -> int` does the work, imports what it needs, and returns the exit
+status.
 """

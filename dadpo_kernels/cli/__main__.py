@@ -1,4 +1,4 @@
-"""`python -m dadpo_kernels.cli`."""
+"""Runs the command as `python -m dadpo_kernels.cli`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks a cache, tells what it holds, or writes it anew with a smaller k or for a smaller vocabulary."""
+"""Checks a cache, summarises what it holds, or writes a copy with a smaller k or for a smaller vocabulary."""
 
 import argparse
 from pathlib import Path
@@ -8,18 +8,27 @@ from .model_args import print_summary
 
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="verify|info|convert")
-    verify = actions.add_parser("verify", help="check every file and every value; exit status 1 if something is wrong")
-    info = actions.add_parser("info", help="settings, sizes, and for each k how much of the teacher it holds")
-    info.add_argument("--png", metavar="FILE", type=Path, help="draw top-k mass and rank of the realised token")
-    convert = actions.add_parser("convert", help="write it anew; what is left out is added to the tail")
+    verify = actions.add_parser(
+        "verify", help="check all files and values; the exit status is 1 if there is a problem"
+    )
+    info = actions.add_parser(
+        "info", help="print settings, sizes, and how much of the teacher's probability each k covers"
+    )
+    info.add_argument("--png", metavar="FILE", type=Path, help="draw the top-k mass and the rank of the label")
+    convert = actions.add_parser(
+        "convert", help="write a copy; the mass of entries that are left out is added to the tail"
+    )
     for action in (verify, info, convert):
         action.add_argument("cache", metavar="CACHE", type=Path)
     convert.add_argument("--out", required=True, metavar="DIR", type=Path)
-    convert.add_argument("--k", type=int, help="entries a position, fewer than there are")
+    convert.add_argument("--k", type=int, help="entries per position, fewer than the cache has")
     convert.add_argument(
-        "--student-vocab-size", type=int, metavar="N", help="rows of the student's head: larger ids go to the tail"
+        "--student-vocab-size",
+        type=int,
+        metavar="N",
+        help="vocabulary size of the student's LM head: larger ids go to the tail",
     )
-    convert.add_argument("--shard-tokens", type=int, metavar="N", help="answer tokens a file")
+    convert.add_argument("--shard-tokens", type=int, metavar="N", help="answer tokens per file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,28 +38,28 @@ def run(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from ..cache.verify import problems
 
-    found = 0
+    count = 0
     for problem in problems(args.cache):
-        found += 1
+        count += 1
         print(problem)
-    print(f"{args.cache}: {found} problem(s)" if found else f"{args.cache}: no problem found")
-    return 1 if found else 0
+    print(f"{args.cache}: {count} problem(s)" if count else f"{args.cache}: no problem found")
+    return 1 if count else 0
 
 
 def _info(args: argparse.Namespace) -> int:
     from ..cache.dataset import PairDataset
-    from ..cache.summary import plot, statistics, table
+    from ..cache.summary import format_summary, plot_summary, summarize
 
     dataset = PairDataset(args.cache, verify=False)
     print_summary(args.cache, dataset.manifest)
     for name, value in {**dataset.manifest.info, **dataset.manifest.settings}.items():
         print(f"  {name:<20} {value}")
     print(f"  {'reference':<20} {'yes' if dataset.has_reference else 'none'}")
-    found = statistics(dataset, progress=True)
-    print(f"  {'repeated pairs':<20} {found.same_pairs}")
-    print(table(found))
+    summary = summarize(dataset, progress=True)
+    print(f"  {'repeated pairs':<20} {summary.repeated_pairs}")
+    print(format_summary(summary))
     if args.png is not None:
-        plot(found, args.png)
+        plot_summary(summary, args.png)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Says what is installed and built, which backend a call gets and why."""
+"""Reports what is installed and built, and which backend a call gets and why."""
 
 import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
+    """The command does not take arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

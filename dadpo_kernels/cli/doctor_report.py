@@ -1,4 +1,4 @@
-"""What is installed, what is built, which backend a call gets and why."""
+"""The report of `dadpo doctor`: what is installed and built, and which backend a call gets and why."""
 
 import importlib.metadata
 import platform
@@ -37,21 +37,25 @@ def versions() -> list[str]:
 def extensions() -> list[str]:
     if cpu._cpu:
         can = ", ".join(cpu._cpu.available())
-        threads = "PyTorch's OpenMP threads" if cpu._cpu.shares_threads() else "threads of its own"
-        lines = [f"_cpu: built; runs {cpu._cpu.active()} here (this processor can run: {can}) on {threads}"]
+        threads = "PyTorch's OpenMP threads" if cpu._cpu.shares_threads() else "separate threads"
+        lines = [f"_cpu: built; uses {cpu._cpu.active()} (this processor supports: {can}) on {threads}"]
     else:
-        lines = [not_built("_cpu", ("g++", "clang++", "c++"), "install g++ or clang++ and reinstall")]
+        lines = [not_built("_cpu", ("g++", "clang++", "c++"), "install g++ or clang++, then reinstall this package")]
     if cuda._cuda:
         lines.append(f"_cuda: built for compute capabilities {cuda._cuda.ARCHITECTURES}")
     else:
-        lines.append(not_built("_cuda", ("nvcc",), "for NVIDIA GPUs, install the CUDA toolkit's nvcc and reinstall"))
+        lines.append(
+            not_built(
+                "_cuda", ("nvcc",), "for NVIDIA GPUs, install the CUDA toolkit's nvcc, then reinstall this package"
+            )
+        )
     return lines
 
 
 def not_built(module: str, compilers: tuple[str, ...], remedy: str) -> str:
-    found = [c for c in compilers if shutil.which(c)]
-    remedy = f"{found[0]} is here now: reinstall" if found else remedy
-    return f"{module}: not built; {remedy} (DADPO_REQUIRE=1 makes the install fail and show why)"
+    installed = [compiler for compiler in compilers if shutil.which(compiler)]
+    remedy = f"{installed[0]} is installed now: reinstall this package" if installed else remedy
+    return f"{module}: not built; {remedy} (with DADPO_REQUIRE=1 the installation fails and shows why)"
 
 
 def backends() -> list[str]:

@@ -1,4 +1,4 @@
-"""`dadpo COMMAND ...`: argparse only, and each command's modules are imported when it is called."""
+"""The entry point of `dadpo COMMAND ...`. It imports the module of a command only when that command is called."""
 
 import argparse
 import difflib
@@ -6,24 +6,37 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .process_group import ending_process_group
+
 COMMANDS = {
     "pairs": "sample preference pairs from teacher and student, or import a set",
-    "teacher": "run a teacher over preference pairs once and cache its targets",
+    "teacher": "score preference pairs with a teacher once and cache its targets",
     "reference": "add a reference model's log-probabilities to a cache",
-    "cache": "check a cache, tell what it holds, or write it anew",
+    "cache": "check a cache, summarise what it holds, or write a converted copy",
     "train": "train a student from a cache of teacher targets",
-    "memory": "say which plan of the loss fits into memory, and what it costs",
-    "doctor": "say what is built, which backend is picked and why",
+    "memory": "show which plan of the loss fits into memory, and what it costs",
+    "doctor": "report what is built, and which backend a call gets and why",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 for an error told on stderr, 2 for wrong usage, 130 for Ctrl-C."""
-    rows = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+    """Run a command, print an error to stderr, and return the exit status.
+
+    Args:
+        argv: the command line without the program's name; None takes that of the process.
+
+    Returns:
+        0 for success, 1 for an error or a negative result, 130 for Ctrl-C.
+
+    Raises:
+        SystemExit: argparse exits with status 2 for wrong usage and 0 after `--help`.
+    """
+    # Find the command.
+    listing = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="dadpo",
-        description="Distribution-aware preference distillation, without full logits.",
-        epilog=f"commands:\n{rows}\n\n`dadpo COMMAND --help` shows a command's arguments.",
+        description="Distribution-aware preference distillation without full logits.",
+        epilog=f"commands:\n{listing}\n\n`dadpo COMMAND --help` shows a command's arguments.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
@@ -35,22 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(COMMANDS)}"
         parser.error(f"unknown command {args.command!r}: {hint}")
 
+    # Run it.
     module = importlib.import_module(f".{args.command}", __package__)
     command = argparse.ArgumentParser(prog=f"dadpo {args.command}", description=module.__doc__)
     module.configure(command)
     try:
-        return module.run(command.parse_args(args.arguments))
+        with ending_process_group():
+            return module.run(command.parse_args(args.arguments))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except (ImportError, OSError, TypeError, ValueError) as error:
         if args.traceback:
             raise
-        print(f"dadpo {args.command}: {_tell(error)}", file=sys.stderr)
+        print(f"dadpo {args.command}: {_message(error)}", file=sys.stderr)
         return 1
 
 
-def _tell(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dadpo_kernels"):
         return f"the package {error.name!r} is missing: pip install 'dadpo-kernels[train]'"
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Says which plan of the loss fits into memory, and what it costs in matrix products."""
+"""Shows which plan of the loss fits into memory, and what it costs in matrix products."""
 
 import argparse
 import re
@@ -8,22 +8,26 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def size(text: str) -> int:
-    """`24GiB`, `24G`, `512m` or bytes."""
+    """The number of bytes in `24GiB`, `24G`, `512m` or `1000`. Raises argparse.ArgumentTypeError for other texts."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 24GiB, 512MiB or a number of bytes")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it as 24GiB, 512MiB or a number of bytes")
     return int(float(match[1]) * UNITS[match[2]])
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vocab", type=int, required=True, help="columns of the LM head, V")
-    parser.add_argument("--hidden", type=int, required=True, help="hidden size, H")
+    parser.add_argument("--vocab", type=int, required=True, help="vocabulary size V")
+    parser.add_argument("--hidden", type=int, required=True, help="hidden size H")
     parser.add_argument("--tokens", type=int, required=True, help="answer tokens of a micro-batch")
-    parser.add_argument("--k", type=int, default=64, help="the teacher's top-k ids per token (default 64)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of hidden states and head")
-    parser.add_argument("--backend", default="auto", help="see `dadpo doctor` (default: what this machine would pick)")
-    parser.add_argument("--frozen-head", action="store_true", help="the head is not trained (LoRA)")
-    parser.add_argument("--memory", type=size, help="bytes free for the loss beside model and activations, as 24GiB")
+    parser.add_argument("--k", type=int, default=64, help="number of the teacher's top-k ids per token (default 64)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="dtype of hidden states and LM head (default %(default)s)"
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="see `dadpo doctor` (default: the one that this machine would use)"
+    )
+    parser.add_argument("--frozen-head", action="store_true", help="the LM head is not trained (LoRA)")
+    parser.add_argument("--memory", type=size, help="bytes that model and activations leave for the loss, as 24GiB")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..ops.backends.registry import resolve
     from ..ops.memory import MemoryEstimate, estimate_memory
 
+    # The plans for no memory, the default, unlimited memory, and what the given memory leaves.
     dtype = getattr(torch, args.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = resolve("auto", device, dtype) if args.backend == "auto" else args.backend
@@ -42,25 +47,29 @@ def run(args: argparse.Namespace) -> int:
             frozen_head=args.frozen_head,
         )  # fmt: skip
 
-    rows = {"0": estimate(0), "default": estimate(None), "everything": estimate(2**62)}
+    estimates = {"0": estimate(0), "default": estimate(None), "everything": estimate(2**62)}
     if args.memory is not None:
-        spare = args.memory - rows["0"].total
+        spare = args.memory - estimates["0"].total
         if spare > 0:
-            rows[str(spare)] = estimate(spare)
-    print(f"backend {backend}, {args.tokens} tokens x {args.vocab} columns x {args.hidden}, {args.dtype}")
-    print(f"full logits would take {mib(rows['0'].logits)} MiB in float32, each time they are held")
+            estimates[str(spare)] = estimate(spare)
+
+    # A table with a line for each plan.
+    print(f"backend {backend}, {args.tokens} tokens x {args.vocab} ids x {args.hidden}, {args.dtype}")
+    print(f"full logits would take {mib(estimates['0'].logits)} MiB in float32, for each copy")
     print(f"{'memory_budget':>16} {'plan':>10} {'products':>9} {'retained MiB':>13} {'peak MiB':>9}  fits")
-    for name, row in rows.items():
-        fits = "" if args.memory is None else ("yes" if row.total <= args.memory else "no")
+    for name, estimated in estimates.items():
+        fits = "" if args.memory is None else ("yes" if estimated.total <= args.memory else "no")
+        plan = estimated.plan
         print(
-            f"{name:>16} {row.plan.name:>10} {row.plan.units:>9.2f} {mib(row.plan.retained_bytes):>13} "
-            f"{mib(row.total):>9}  {fits}"
+            f"{name:>16} {plan.name:>10} {plan.units:>9.2f} {mib(plan.retained_bytes):>13} "
+            f"{mib(estimated.total):>9}  {fits}"
         )
-    if args.memory is not None and rows["0"].total > args.memory:
-        print("Nothing fits: the gradients alone take most of it. Freeze the head, or use a smaller micro-batch.")
+    if args.memory is not None and estimates["0"].total > args.memory:
+        print("Nothing fits: the gradients take most of the memory. Freeze the head, or use a smaller micro-batch.")
         return 1
     return 0
 
 
 def mib(count: int) -> str:
+    """A number of bytes in MiB."""
     return f"{count / 2**20:,.0f}"

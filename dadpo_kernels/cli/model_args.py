@@ -1,4 +1,4 @@
-"""What the commands that run a frozen model over pairs share."""
+"""Arguments and functions that the commands with a frozen model share."""
 
 import argparse
 import os
@@ -11,63 +11,67 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="NAME|DIR", help=f"{what}: a model of the hub or a directory"
+        "--model", required=True, metavar="NAME|DIR", help=f"{what}: a model on the hub or a directory"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in that place")
+    parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in that repository or directory")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: the checkpoint's on an accelerator, float32 on a CPU",
+        help="auto is the checkpoint's on an accelerator, and float32 on a CPU",
     )
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: all accelerators, else the CPU"
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto is all accelerators, else the CPU"
     )
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "a server runs the model",
-        "vLLM, SGLang, or another that answers like one of them; --model then names its tokenizer and configuration "
-        "only",
+        "inference server",
+        "Let vLLM, SGLang or a compatible server run the teacher. --model is then only used for the tokenizer and the "
+        "configuration.",
     )
     group.add_argument("--server", metavar="URL", help="http://HOST:PORT")
     group.add_argument(
         "--engine",
         choices=("vllm", "sglang"),
         default="vllm",
-        help="its interface: /v1/completions with prompt_logprobs, or /generate with return_logprob (%(default)s)",
+        help="interface: /v1/completions with prompt_logprobs, or /generate with return_logprob (default %(default)s)",
     )
-    group.add_argument("--served-name", metavar="NAME", help="name of the model there, if it serves several")
+    group.add_argument("--served-name", metavar="NAME", help="the model's name on the server, if it serves several")
     group.add_argument(
-        "--concurrency", type=int, default=32, metavar="N", help="requests under way at a time (%(default)s)"
+        "--concurrency", type=int, default=32, metavar="N", help="simultaneous requests (default %(default)s)"
     )
     group.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="seconds until an answer is complete (%(default)g)"
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds until a response must be complete (default %(default)g)",
     )
-    group.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the server's API key")
+    group.add_argument("--api-key-env", metavar="VAR", help="environment variable that contains the server's API key")
 
 
-def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
+def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-tokens",
         type=int,
         default=4096,
         metavar="N",
-        help="padded tokens a forward pass; lower it when memory runs out (%(default)s)",
+        help="padded tokens per forward pass; lower it if memory runs out (default %(default)s)",
     )
     parser.add_argument(
         "--shard-tokens",
         type=int,
         default=65536,
         metavar="N",
-        help="answer tokens a file: what an interruption costs at most (%(default)s)",
+        help="answer tokens per file, which is the most that an interruption can lose (default %(default)s)",
     )
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that talks to the user, of those that `torchrun` or `accelerate launch` started."""
+    """Whether this is the first of the processes that a launcher started, which alone prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -96,4 +100,4 @@ def print_summary(directory: Path, manifest: "Manifest") -> None:
     size = sum(shard.bytes for shard in manifest.shards)
     counts = f"{manifest.settings['pairs']} pairs, {tokens} answer tokens, {len(manifest.shards)} shard(s)"
     if is_first_process():
-        print(f"{directory}: {counts}, {size / tokens:.1f} bytes a token")
+        print(f"{directory}: {counts}, {size / tokens:.1f} bytes per token")

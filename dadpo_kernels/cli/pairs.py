@@ -1,5 +1,6 @@
-"""Makes preference pairs: samples one answer from the teacher (chosen) and one from the student (rejected) for each
-prompt, or takes them from an existing preference set. Interrupted, the same command goes on where it stopped."""
+"""Makes preference pairs: samples for each prompt one answer from the teacher (chosen) and one from the student
+(rejected), or reads them from an existing preference set. After an interruption, the same command continues where it
+stopped."""
 
 import argparse
 import gc
@@ -11,27 +12,38 @@ SOURCE = "JSONL or Parquet file, or a set for `datasets` as NAME:SPLIT"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="generate|import")
-    generate = actions.add_parser("generate", help="sample an answer from teacher and student for each prompt")
+    generate = actions.add_parser(
+        "generate", help="sample for each prompt an answer from the teacher and one from the student"
+    )
     generate.add_argument("--prompts", required=True, metavar="SOURCE", help=f"{SOURCE}, with a column `prompt`")
     for name in ("teacher", "student"):
         generate.add_argument(f"--{name}", required=True, metavar="NAME|DIR")
         generate.add_argument(f"--{name}-revision", metavar="REVISION", help="branch, tag or commit on the hub")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0: greedy (%(default)s)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="(%(default)s)")
-    generate.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
-    generate.add_argument("--batch-size", type=int, default=16, metavar="N", help="answers at a time (%(default)s)")
-    generate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    generate.add_argument("--keep-unfinished", action="store_true", help="keep pairs with a cut answer")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)"
+    )
+    generate.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="answers per batch (default %(default)s)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    generate.add_argument(
+        "--keep-unfinished", action="store_true", help="keep pairs with an answer that the limit cut"
+    )
     generate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    generate.add_argument("--device", default="auto", help="as `dadpo teacher --device`")
-    imported = actions.add_parser("import", help="write an existing preference set in the form `dadpo teacher` takes")
+    generate.add_argument("--device", default="auto", help="as in `dadpo teacher`")
+    imported = actions.add_parser("import", help="convert an existing preference set to JSONL")
     imported.add_argument(
-        "--data", required=True, metavar="SOURCE", help=f"{SOURCE}: TRL's columns, or those of UltraFeedback-binarized"
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help=f"{SOURCE}, with TRL's columns or those of UltraFeedback-binarized",
     )
     for action in (generate, imported):
-        action.add_argument("--limit", type=int, metavar="N", help="take the first N only")
+        action.add_argument("--limit", type=int, metavar="N", help="use the first N only")
         action.add_argument(
-            "--out", required=True, metavar="FILE", type=Path, help="JSONL, for `dadpo teacher --data`"
+            "--out", required=True, metavar="FILE", type=Path, help="JSONL file, for `dadpo teacher --data`"
         )
 
 
@@ -43,9 +55,9 @@ def _import(args: argparse.Namespace) -> int:
     from ..capture.generate import write_records
     from ..capture.pairs import read_pairs
 
-    found = read_pairs(args.data, args.limit)
-    write_records(args.out, found)
-    print(f"{args.out}: {len(found)} pairs")
+    pairs = read_pairs(args.data, args.limit)
+    write_records(args.out, pairs)
+    print(f"{args.out}: {len(pairs)} pairs")
     return 0
 
 
@@ -54,6 +66,7 @@ def _generate(args: argparse.Namespace) -> int:
     from ..capture.load import load_model, load_tokenizer
     from ..capture.pairs import read_prompts
 
+    # One answer to each prompt from each of the models. They are loaded one after the other to save memory.
     prompts = read_prompts(args.prompts, args.limit)
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.batch_size, args.seed)
     answers: dict[str, list[dict[str, Any]]] = {}
@@ -65,15 +78,18 @@ def _generate(args: argparse.Namespace) -> int:
         model = load_model(name, revision=revision, dtype=args.dtype, device=args.device)
         path = args.out.with_name(f"{args.out.name}.{who}")
         answers[who] = generate_answers(model, tokenizer, prompts, path, sampling, progress=True)
-        del model  # one after the other: they need not fit beside each other
+        del model
         gc.collect()
-    whole = [
-        args.keep_unfinished or (good["finished"] and bad["finished"])
-        for good, bad in zip(answers["teacher"], answers["student"], strict=True)
+
+    # The pairs of finished answers.
+    usable = [
+        args.keep_unfinished or (chosen["finished"] and rejected["finished"])
+        for chosen, rejected in zip(answers["teacher"], answers["student"], strict=True)
     ]
-    found = make_pairs(prompts, *([line["answer"] for line in answers[who]] for who in ("teacher", "student")))
-    kept = [pair for pair, keep in zip(found, whole, strict=True) if keep]
-    write_records(args.out, kept)
-    cut = len(found) - len(kept)
-    print(f"{args.out}: {len(kept)} pairs, {cut} left out because {args.max_new_tokens} tokens cut an answer")
+    chosen_texts, rejected_texts = ([line["answer"] for line in answers[who]] for who in ("teacher", "student"))
+    all_pairs = make_pairs(prompts, chosen_texts, rejected_texts)
+    pairs = [pair for pair, is_usable in zip(all_pairs, usable, strict=True) if is_usable]
+    write_records(args.out, pairs)
+    cut = len(all_pairs) - len(pairs)
+    print(f"{args.out}: {len(pairs)} pairs, {cut} left out because {args.max_new_tokens} tokens cut an answer")
     return 0

@@ -1,10 +1,10 @@
-"""Scores the pairs of a teacher cache with a reference model, mostly the student before training, and adds the
-log-probabilities to the cache. Interrupted, the same command goes on where it stopped."""
+"""Scores the pairs of a teacher cache with a reference model, usually the student before training, and adds the
+log-probabilities to the cache. After an interruption, the same command continues where it stopped."""
 
 import argparse
 from pathlib import Path
 
-from .model_args import add_model_arguments, add_pass_arguments, load, print_summary
+from .model_args import add_capture_arguments, add_model_arguments, load, print_summary
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -14,9 +14,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         type=Path,
-        help="where to write: CACHE/reference if not given; one directory a student if you train several",
+        help="output directory (default CACHE/reference); give one for each student if you train several",
     )
-    add_pass_arguments(parser)
+    add_capture_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

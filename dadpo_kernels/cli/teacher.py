@@ -1,5 +1,5 @@
-"""Runs a teacher over preference pairs once and writes its targets to a cache. Interrupted, the same command goes on
-where it stopped."""
+"""Scores preference pairs with a teacher once and writes its targets to a cache. After an interruption, the same
+command continues where it stopped."""
 
 import argparse
 from contextlib import closing
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .model_args import (
+    add_capture_arguments,
     add_model_arguments,
-    add_pass_arguments,
     add_server_arguments,
     connect,
     is_first_process,
@@ -23,32 +23,35 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SOURCE",
-        help="JSONL or Parquet file, or a set for `datasets` as NAME:SPLIT: prompt, chosen, rejected, all strings or "
-        "all lists of messages, or the columns of UltraFeedback-binarized",
+        help="JSONL or Parquet file, or a set for `datasets` as NAME:SPLIT, with the columns prompt, chosen and "
+        "rejected (all strings, or all lists of messages) or those of UltraFeedback-binarized",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the cache")
-    parser.add_argument("--k", type=int, default=64, help="most probable tokens stored a position (%(default)s)")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="directory of the cache")
+    parser.add_argument(
+        "--k", type=int, default=64, help="number of most probable tokens to store per position (default %(default)s)"
+    )
     parser.add_argument(
         "--max-length",
         type=int,
         default=2048,
         metavar="N",
-        help="tokens of prompt and answer: answers are cut, pairs whose prompt alone fills it skipped (%(default)s)",
+        help="longest sequence of prompt and answer, in tokens: longer answers are cut, and pairs with a prompt of "
+        "this length are skipped (default %(default)s)",
     )
     parser.add_argument(
         "--student-vocab-size",
         type=int,
         metavar="N",
-        help="rows of the student's head, if fewer than the teacher's: larger ids go to the tail",
+        help="vocabulary size of the student's LM head, if smaller than the teacher's: larger ids go to the tail",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="take the first N pairs only")
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N pairs only")
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="then score the pairs with this model too, as `dadpo reference` does",
+        help="afterwards, score the pairs with this model too, as `dadpo reference` does",
     )
     parser.add_argument("--reference-revision", metavar="REVISION", help="branch, tag or commit of that model")
-    add_pass_arguments(parser)
+    add_capture_arguments(parser)
     add_server_arguments(parser)
 
 
@@ -58,11 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from ..capture.pairs import read_pairs, tokenize_pairs
     from ..capture.remote import capture_from_server
 
+    # Read and tokenize the pairs.
     tokenizer = load_tokenizer(args.model, revision=args.revision, gguf_file=args.gguf_file)
     data = tokenize_pairs(read_pairs(args.data, args.limit), tokenizer, args.max_length, progress=is_first_process())
     lost = f"{data.truncated} answers cut and {len(data.skipped)} pairs skipped at {args.max_length} tokens"
     if is_first_process():
         print(f"{len(data.pairs)} pairs; {lost}")
+
+    # Score them with the teacher.
     options: dict[str, Any] = {
         "k": args.k,
         "student_vocab_size": args.student_vocab_size,
@@ -78,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
                 server, tokenizer, data, args.out, vocab_size=vocab_size, concurrency=args.concurrency, **options
             )
     print_summary(args.out, manifest)
+
+    # Score them with the reference.
     if args.reference is not None:
         from . import reference
 

@@ -1,19 +1,21 @@
 """Trains a student from a cache of teacher targets.
 
-The configuration is a YAML file; any of its keys can be given again after it, as `--key value`. Keys are those of
-transformers' TrainingArguments and the ones below. An interrupted run goes on from its last checkpoint."""
+The configuration is a YAML file. Its keys are those of transformers' TrainingArguments and the ones below; `--key
+value` after the file overrides one of them. An interrupted run continues from its last checkpoint."""
 
 import argparse
 import difflib
 import json
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
+
+from ..train.options import LossOptions
 
 
 @dataclass
 class TrainSources:
-    """What is trained on what."""
+    """The model to train, and the data."""
 
     model: str = field(metadata={"help": "The student: a directory or a name on the hub."})
     cache: str = field(metadata={"help": "Directory of `dadpo teacher` to train on."})
@@ -21,42 +23,39 @@ class TrainSources:
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model on the hub."})
     weights_dtype: str = field(
         default="float32",
-        metadata={"help": "Type the parameters are kept in; for mixed precision keep float32 and set bf16."},
+        metadata={"help": "Dtype of the parameters; for mixed precision keep float32 and set bf16."},
     )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", type=Path, help="YAML file")
-    parser.add_argument(
-        "overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys that win over the file's"
-    )
-    from ..train.config import DaDPOConfig
-
-    own = [*fields(TrainSources), *_own_fields(DaDPOConfig)]
-    lines = "\n".join(f"  {f.name:<16} {f.metadata['help']}" for f in own).replace("%", "%%")
-    parser.epilog = f"keys beside those of TrainingArguments:\n{lines}"
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="override keys of the file")
+    lines = "\n".join(map(_describe, [*fields(TrainSources), *fields(LossOptions)])).replace("%", "%%")
+    parser.epilog = f"keys in addition to those of TrainingArguments:\n{lines}"
 
 
-def _own_fields(config: Any) -> list[Field]:
-    own = config.__annotations__
-    return [f for f in fields(config) if f.name in own]
+def _describe(option: Field) -> str:
+    choices = get_args(option.type) if get_origin(option.type) is Literal else ()
+    return f"  {option.name:<16} {option.metadata['help']}" + (f" One of {', '.join(choices)}." if choices else "")
 
 
 def parse_config(path: Path, overrides: list[str]) -> tuple[TrainSources, Any]:
-    """`(TrainSources, DaDPOConfig)` from a YAML file and `--key value` overrides.
+    """Read `(TrainSources, DaDPOConfig)` from a YAML file and `--key value` overrides.
 
     Raises:
-        ValueError: no mapping, an unknown key (the nearest right one is named), or a value of the wrong type.
+        ValueError: the file is not a mapping, a key is unknown (the message names the most similar one), or a value
+            has the wrong type.
     """
     import yaml
     from transformers import HfArgumentParser
 
     from ..train.config import DaDPOConfig
 
+    # Read the file, and refuse unknown keys.
     settings = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no `key: value` lines")
+        raise ValueError(f"{path} does not hold `key: value` lines")
     known = {f.name for f in [*fields(TrainSources), *fields(DaDPOConfig)] if f.init}
     given = [word[2:].split("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
     for key in [*settings, *given]:
@@ -64,7 +63,7 @@ def parse_config(path: Path, overrides: list[str]) -> tuple[TrainSources, Any]:
             near = difflib.get_close_matches(str(key), known, n=1)
             raise ValueError(f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else f" in {path}"))
 
-    # Through the command line's parser: it checks types, and YAML's readings (1e-4 is a string there) do not matter.
+    # Parse the values as command line arguments: that checks their types, and reads 1e-4 as a number, unlike YAML.
     words: list[str] = []
     for key, value in settings.items():
         if isinstance(value, list):
@@ -92,21 +91,26 @@ def run(args: argparse.Namespace) -> int:
     from ..capture.load import load_tokenizer
     from ..train.trainer import DaDPOTrainer
 
+    # Load the model and the data.
     set_seed(config.seed)
     tokenizer = load_tokenizer(sources.model, revision=sources.revision)
     model = AutoModelForCausalLM.from_pretrained(sources.model, revision=sources.revision, dtype=sources.weights_dtype)
-    vocab_size = model.get_output_embeddings().out_features  # the weight may be sharded
+    vocab_size = model.get_output_embeddings().out_features  # not from the weight, which may be sharded
 
     def pairs(cache: str) -> PairDataset:
         return PairDataset(cache, tokenizer=tokenizer, vocab_size=vocab_size, require_reference=config.beta_ref > 0)
 
     evaluation = pairs(sources.eval_cache) if sources.eval_cache else None
+
+    # Train, from the last checkpoint if there is one.
     trainer = DaDPOTrainer(model, config, pairs(sources.cache), evaluation, tokenizer)
     out = Path(config.output_dir)
     checkpoint = config.resume_from_checkpoint or (get_last_checkpoint(out) if out.is_dir() else None)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["tokens_per_second"] = trainer.tokens_seen / metrics["train_runtime"]
     trainer.save_metrics("train", metrics, combined=False)
+
+    # Evaluate and save.
     if evaluation is not None:
         results = trainer.evaluate()
         trainer.save_metrics("eval", results, combined=False)

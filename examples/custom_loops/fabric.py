@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dadpo_kernels import dadpo_loss, topk_divergence
 from dadpo_kernels.cache.dataset import PairCollator, PairDataset
+from dadpo_kernels.cli.process_group import ending_process_group
 from dadpo_kernels.models.patch import patch
 
 
@@ -36,9 +37,9 @@ def train(model_name: str, cache: str, epochs: int = 1, pairs: int = 2, lr: floa
                 shift_labels=labels,  # aligned: the cache's label t is the token after position t
                 topk_ids=ids,
             ).selected_logps
-            told, reference = batch["teacher_label_logps"].sum(-1), batch["ref_logps"]
-            answers = (logps for x in (selected.label.sum(-1), reference, told) for logps in x.chunk(2))
-            preference = dadpo_loss(*answers, beta_ref=0.1, beta_teacher=0.1).losses.mean()
+            teacher, reference = batch["teacher_label_logps"].sum(-1), batch["ref_logps"]
+            sums = (logps for x in (selected.label.sum(-1), reference, teacher) for logps in x.chunk(2))
+            preference = dadpo_loss(*sums, beta_ref=0.1, beta_teacher=0.1).losses.mean()
             divergence = topk_divergence(
                 selected.topk, selected.tail, batch["teacher_topk_logps"], batch["teacher_topk_tail"]
             )
@@ -51,4 +52,5 @@ def train(model_name: str, cache: str, epochs: int = 1, pairs: int = 2, lr: floa
 
 
 if __name__ == "__main__":
-    print(*(f"{loss:.4f}" for loss in train(sys.argv[1], sys.argv[2])), sep="\n")
+    with ending_process_group():  # Fabric starts one for several devices
+        print(*(f"{loss:.4f}" for loss in train(sys.argv[1], sys.argv[2])), sep="\n")

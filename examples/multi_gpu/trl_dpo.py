@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.cli.process_group import ending_process_group
 
 
 @dataclass
@@ -28,4 +29,5 @@ def main(words: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_process_group():
+        main()

@@ -1,4 +1,4 @@
-"""The cache's format: what is written is read back, and whatever is wrong is told by its own error."""
+"""The cache's format: what is written is read back, and each kind of damage has a separate error."""
 
 import hashlib
 import itertools
@@ -71,9 +71,9 @@ def test_batches_are_laid_out_for_the_loss(cache):
     for side in ("chosen", "rejected"):
         for item in items:
             for name in ("label_logps", "topk_ids", "topk_logps", "topk_tail"):
-                found = batch[f"teacher_{name}"][row]
-                np.testing.assert_array_equal(found[valid[row]].numpy(), item[f"{side}_{name}"])
-                assert not found[~valid[row]].any()
+                values = batch[f"teacher_{name}"][row]
+                np.testing.assert_array_equal(values[valid[row]].numpy(), item[f"{side}_{name}"])
+                assert not values[~valid[row]].any()
             assert batch["labels"][row][valid[row]].tolist() == list(getattr(item["pair"], f"{side}_ids"))
             assert batch["ref_logps"][row] == np.float32(item[f"ref_{side}_logps"]) < -1
             row += 1
@@ -81,7 +81,7 @@ def test_batches_are_laid_out_for_the_loss(cache):
 
 def test_a_loader_with_workers_gives_the_same_batches(cache):
     dataset = PairDataset(cache)
-    dataset[0]  # an open file stays behind when the data set travels
+    dataset[0]  # opens a file, which is not pickled with the data set
     assert pickle.loads(pickle.dumps(dataset))[1]["pair"].index == 1
     batches = [list(DataLoader(dataset, 2, collate_fn=PairCollator(0), num_workers=n)) for n in (0, 1)]
     assert len(batches[0]) == N // 2
@@ -151,24 +151,24 @@ def test_rows_round_trip(data, prompt, chosen, rejected, k):
     (row,) = pa.Table.from_pylist([teacher_row(pair, *sides.values())], TEACHER_SCHEMA).to_pylist()
     again = read_pair(row)
     assert again.index == 7
-    for found, expected in zip(again.ids, pair.ids, strict=True):
-        np.testing.assert_array_equal(found, expected)
-    for column, found in read_targets(row, again, k, V).items():
+    for ids_read, expected in zip(again.ids, pair.ids, strict=True):
+        np.testing.assert_array_equal(ids_read, expected)
+    for column, values in read_targets(row, again, k, V).items():
         side, name = column.split("_", 1)
-        np.testing.assert_array_equal(found, sides[side][name], strict=True)
+        np.testing.assert_array_equal(values, sides[side][name], strict=True)
 
 
 # ---- what can be wrong -----------------------------------------------------------------------------------------
 
 
 def test_not_a_cache(tmp_path):
-    with pytest.raises(errors.CacheFormatError, match="no teacher cache"):
+    with pytest.raises(errors.CacheFormatError, match="is not a teacher cache"):
         PairDataset(tmp_path)
-    with pytest.raises(errors.CacheFormatError, match="no teacher cache"):
+    with pytest.raises(errors.CacheFormatError, match="is not a teacher cache"):
         PairDataset(tmp_path / "nowhere")
 
 
-def test_a_reference_is_no_teacher(cache):
+def test_a_reference_is_not_a_teacher(cache):
     with pytest.raises(errors.CacheFormatError, match="'teacher' is needed"):
         PairDataset(cache / "reference")
 
@@ -205,7 +205,9 @@ def test_wrong_tokenizer(cache):
     other = tiny_tokenizer()
     vocabulary = {**other.get_vocab()}
     other.get_vocab = lambda: {("swapped" if number == 11 else token): number for token, number in vocabulary.items()}
-    with pytest.raises(errors.CacheTokenizerError, match=r"id 11 is '.*' there and 'swapped' in the one given"):
+    with pytest.raises(
+        errors.CacheTokenizerError, match=r"id 11 is '.*' in the cache and 'swapped' in the given tokenizer"
+    ):
         PairDataset(cache, tokenizer=other)
 
 
@@ -217,7 +219,7 @@ def test_ids_outside_the_students_vocabulary(cache):
 
 
 def rewrite(cache, change):
-    """Another program's cache: a shard with a changed row, its size and checksum right."""
+    """Change a row of a shard and write it with the right size and checksum, as another program would."""
     path = cache / "shard-00000.parquet"
     rows = pq.read_table(path).to_pylist()
     change(rows[0])
@@ -248,7 +250,7 @@ def patched(content, name, value):
         ("chosen_topk_tail", np.inf, errors.CacheFormatError),
     ],
 )
-def test_a_bad_value_is_told_with_its_pair(cache, column, value, error):
+def test_the_error_for_a_bad_value_names_the_pair(cache, column, value, error):
     name = "ids" if column == "prompt_ids" else column.split("_", 1)[1]
     index = rewrite(cache, lambda row: row.update({column: patched(row[column], name, value)}))
     dataset = PairDataset(cache)
@@ -258,7 +260,7 @@ def test_a_bad_value_is_told_with_its_pair(cache, column, value, error):
 
 @pytest.mark.parametrize("column", ["prompt_ids", "chosen_ids", "chosen_topk_ids", "rejected_topk_tail"])
 @pytest.mark.parametrize("cut", [1, 4, 10_000])
-def test_a_column_of_the_wrong_length_is_told_with_its_pair(cache, column, cut):
+def test_the_error_for_a_column_of_the_wrong_length_names_the_pair(cache, column, cut):
     if (column, cut) == ("prompt_ids", 4):
         cut = 2  # a prompt may have any number of tokens
     index = rewrite(cache, lambda row: row.update({column: row[column][:-cut]}))
@@ -292,13 +294,13 @@ def test_a_flipped_bit_anywhere_is_detected(finished, data):
 
 @given(data=st.data())
 def test_a_damaged_shard_with_right_checksums_gives_a_cache_error_or_sane_values(finished, data):
-    """What a careless program writes: the reader must not trust a file because its checksum is right."""
+    """A program may write a damaged file with the right checksum, so a right checksum is not enough for the reader."""
     path = finished / data.draw(st.sampled_from(["shard-00000.parquet", "reference/shard-00000.parquet"]))
     manifest = path.with_name(MANIFEST)
     originals = {file: file.read_bytes() for file in (path, manifest)}
     content = bytearray(originals[path])
     for _ in range(data.draw(st.integers(1, 3))):
-        # The end holds the schema and the places of the columns.
+        # The last bytes hold the schema and the offsets of the columns.
         at = data.draw(st.integers(0, len(content) - 1) | st.integers(max(0, len(content) - 600), len(content) - 1))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     path.write_bytes(content)
@@ -342,12 +344,12 @@ def test_a_malformed_manifest_gives_a_cache_error_or_the_right_data(finished, da
         del target[where[-1]]
     path.write_text(json.dumps(document))
     try:
-        found = load_everything(finished)
+        items = load_everything(finished)
     except errors.CacheError:
         return
     finally:
         path.write_bytes(original)
-    for item, other in zip(found, expected, strict=True):
+    for item, other in zip(items, expected, strict=True):
         for name in item.keys() - {"pair"}:
             np.testing.assert_array_equal(item[name], other[name])
 

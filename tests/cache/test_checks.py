@@ -1,4 +1,5 @@
-"""`dadpo cache`: damage and nonsense are found, statistics are right, and what is left out goes to the tail."""
+"""`dadpo cache`: damage and impossible values are reported, the summary is right, and the mass of what is left out
+goes to the tail."""
 
 import json
 import shutil
@@ -15,7 +16,7 @@ from dadpo_kernels.cache.errors import CacheVocabularyError
 from dadpo_kernels.cache.fold import fold
 from dadpo_kernels.cache.format import unpack
 from dadpo_kernels.cache.shards import MANIFEST
-from dadpo_kernels.cache.summary import plot, statistics, table
+from dadpo_kernels.cache.summary import format_summary, plot_summary, summarize
 from dadpo_kernels.cache.verify import problems
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
 from dadpo_kernels.capture.pairs import tokenize_pairs
@@ -34,7 +35,7 @@ K = 8
 
 
 def outside_model():
-    """A teacher that likes ids beyond the tokenizer's 300 very much."""
+    """A teacher that gives ids above the tokenizer's 300 a high probability."""
     model = tiny_llama()
     model.lm_head.weight.data[300:] *= 2
     return model
@@ -64,14 +65,14 @@ def test_a_right_cache_has_no_problems(cache, capsys):
 
 
 def problem_of(cache, path, content):
-    """The only problem of a cache one of whose files has another content."""
+    """The only problem of a cache after one of its files got another content."""
     original = path.read_bytes()
     path.write_bytes(content)
     try:
-        (found,) = problems(cache)
+        (problem,) = problems(cache)
     finally:
         path.write_bytes(original)
-    return found
+    return problem
 
 
 @given(st.data())
@@ -83,8 +84,8 @@ def test_a_flipped_bit_anywhere_is_found(finished, data):
     assert path.name in problem_of(finished, path, damaged)
 
 
-def test_a_column_whose_name_is_no_text_is_found(finished):
-    """One bit of the footer makes 'index' bytes that UTF-8 does not have."""
+def test_a_column_name_that_is_not_text_is_found(finished):
+    """One changed bit of the footer makes the name `index` invalid UTF-8."""
     path = next((finished / "reference").glob("*.parquet"))
     assert path.name in problem_of(finished, path, path.read_bytes().replace(b"index", b"\xe9ndex"))
 
@@ -94,13 +95,13 @@ def test_a_column_whose_name_is_no_text_is_found(finished):
     [
         ("chosen_topk_tail", lambda v: v[-1:] + 0.5, "do not sum to one"),
         ("chosen_topk_logps", lambda v: v[-1:] - 9, "do not sum to one"),
-        ("rejected_label_logps", lambda v: v[-1:] - 1, "realised token"),
-        ("rejected_label_logps", lambda v: v[-1:] * 0, "realised token"),
+        ("rejected_label_logps", lambda v: v[-1:] - 1, "the label"),
+        ("rejected_label_logps", lambda v: v[-1:] * 0, "the label"),
         ("rejected_topk_ids", lambda v: v[-2:-1], "an id occurs twice"),
         ("chosen_ids", lambda v: (v[-1:] + 1) % 300, "SHA-256"),
     ],
 )
-def test_values_of_no_softmax_are_found(cache, capsys, column, change, message):
+def test_values_that_no_softmax_gives_are_found(cache, capsys, column, change, message):
     name = column.split("_", 1)[1]
 
     def edit(row):
@@ -109,9 +110,9 @@ def test_values_of_no_softmax_are_found(cache, capsys, column, change, message):
 
     index = rewrite(cache, edit)
     assert main(["cache", "verify", str(cache)]) == 1
-    found = [line for line in capsys.readouterr().out.splitlines() if message in line]
-    assert found
-    assert "tokens have" in found[0] or f"pair {index}, {column.split('_')[0]}: " in found[0]
+    matching = [line for line in capsys.readouterr().out.splitlines() if message in line]
+    assert matching
+    assert "tokens have" in matching[0] or f"pair {index}, {column.split('_')[0]}: " in matching[0]
 
 
 def test_wrong_counts_in_the_manifest_are_found(cache):
@@ -136,9 +137,9 @@ def test_a_damaged_reference_is_found(cache):
 # ---- info ------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_count_what_is_there(cache, tmp_path, capsys):
+def test_the_summary_counts_all_tokens(cache, tmp_path, capsys):
     dataset = PairDataset(cache)
-    found = statistics(dataset)
+    summary = summarize(dataset)
     ranks, masses = {"chosen": [], "rejected": []}, []
     for i in range(len(dataset)):
         item = dataset[i]
@@ -148,27 +149,27 @@ def test_statistics_count_what_is_there(cache, tmp_path, capsys):
                 ranks[side].append(ids.index(token) if token in ids else K)
                 masses.append(np.exp(item[f"{side}_topk_logps"][t].astype(float)).cumsum())
     for side, expected in ranks.items():
-        assert found.ranks[side].tolist() == np.bincount(expected, minlength=K + 1).tolist()
-    np.testing.assert_allclose(found.mass, np.mean(masses, 0))
-    assert found.histogram.sum(0).tolist() == [len(masses)] * K
+        assert summary.label_ranks[side].tolist() == np.bincount(expected, minlength=K + 1).tolist()
+    np.testing.assert_allclose(summary.mass, np.mean(masses, 0))
+    assert summary.histogram.sum(0).tolist() == [len(masses)] * K
     worst = np.quantile(masses, 0.05, axis=0, method="inverted_cdf")
-    assert (found.lowest <= worst).all()
-    assert (worst < found.lowest + 0.02 + 1e-9).all()
-    assert found.same_pairs == 1
-    assert len(table(found).splitlines()) == 5  # k = 1, 2, 4, 8 and the heading
+    assert (summary.lowest <= worst).all()
+    assert (worst < summary.lowest + 0.02 + 1e-9).all()
+    assert summary.repeated_pairs == 1
+    assert len(format_summary(summary).splitlines()) == 5  # k = 1, 2, 4, 8 and the heading
     assert main(["cache", "info", str(cache), "--png", str(tmp_path / "k.png")]) == 0
     assert (tmp_path / "k.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
-    assert "bytes a token" in out
+    assert "bytes per token" in out
     assert "repeated pairs       1" in out
 
 
-def test_statistics_of_k_zero(tmp_path):
+def test_the_summary_of_k_zero(tmp_path):
     capture_teacher(tiny_llama(), TOKENIZER, tokenize_pairs(RECORDS, TOKENIZER, 60), tmp_path / "cache", k=0)
-    found = statistics(PairDataset(tmp_path / "cache"))
-    assert found.mass.shape == (0,)
-    assert sum(found.tokens.values()) == found.ranks["chosen"][0] + found.ranks["rejected"][0]
-    plot(found, tmp_path / "k.png")
+    summary = summarize(PairDataset(tmp_path / "cache"))
+    assert summary.mass.shape == (0,)
+    assert sum(summary.tokens.values()) == summary.label_ranks["chosen"][0] + summary.label_ranks["rejected"][0]
+    plot_summary(summary, tmp_path / "k.png")
     assert list(problems(tmp_path / "cache")) == []
 
 
@@ -201,7 +202,7 @@ def check_folded(directory, k, vocab_size):
     return dataset
 
 
-def test_a_smaller_student_is_refused_and_told_how_to_convert(cache, tmp_path, capsys):
+def test_a_smaller_student_is_refused_with_the_command_that_converts(cache, tmp_path, capsys):
     with pytest.raises(CacheVocabularyError, match=r"dadpo cache convert .* --student-vocab-size 300"):
         PairDataset(cache, vocab_size=300)
     out = tmp_path / "converted"
@@ -218,8 +219,8 @@ def test_a_smaller_student_is_refused_and_told_how_to_convert(cache, tmp_path, c
 
 
 def test_a_smaller_k(cache, tmp_path):
-    check_folded_all = convert_cache(cache, tmp_path / "three", k=3, shard_tokens=50)
-    assert len(check_folded_all.shards) > len(PairDataset(cache).manifest.shards)
+    manifest = convert_cache(cache, tmp_path / "three", k=3, shard_tokens=50)
+    assert len(manifest.shards) > len(PairDataset(cache).manifest.shards)
     check_folded(tmp_path / "three", 3, 320)
     with pytest.raises(ValueError, match=r"k=9 is outside \[0, 8\]"):
         convert_cache(cache, tmp_path / "nine", k=9)
@@ -253,11 +254,11 @@ def test_fold_adds_what_it_leaves_out():
         "topk_logps": np.log(p),
         "topk_tail": np.log([0.05]),
     }
-    found = fold("here", targets, 2, 9)
-    assert found["topk_ids"].tolist() == [[3, 1]]
-    np.testing.assert_allclose(np.exp(found["topk_logps"]), [[0.3, 0.2]])
-    np.testing.assert_allclose(np.exp(found["topk_tail"]), 0.5, rtol=1e-6)
-    same = fold("here", {**targets, "topk_tail": np.array([-np.inf])}, 4, 10)
+    folded = fold("pair 7", targets, 2, 9)
+    assert folded["topk_ids"].tolist() == [[3, 1]]
+    np.testing.assert_allclose(np.exp(folded["topk_logps"]), [[0.3, 0.2]])
+    np.testing.assert_allclose(np.exp(folded["topk_tail"]), 0.5, rtol=1e-6)
+    same = fold("pair 7", {**targets, "topk_tail": np.array([-np.inf])}, 4, 10)
     assert same["topk_tail"].tolist() == [-np.inf]
-    with pytest.raises(CacheVocabularyError, match="here: at a position only 3 of"):
-        fold("here", targets, 4, 9)
+    with pytest.raises(CacheVocabularyError, match="pair 7: at a position only 3 of"):
+        fold("pair 7", targets, 4, 9)

@@ -1,4 +1,4 @@
-"""Another program's cache: written from docs/cache-format.md with pyarrow alone, read by this package."""
+"""A cache of another program: written with pyarrow alone from docs/cache-format.md, and read by this package."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ def pack(values, dtype):
 
 
 def answer(rng, length):
-    """Targets from a softmax over V made up here."""
+    """Targets of a random softmax over V ids."""
     logits = rng.normal(size=(length, V)) * 3
     logps = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     ids = rng.integers(0, V, length)

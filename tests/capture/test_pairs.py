@@ -1,4 +1,4 @@
-"""From JSONL to token ids and padded batches."""
+"""Reading pairs from JSONL, and making token ids and padded batches from them."""
 
 import json
 
@@ -74,12 +74,12 @@ def test_a_prompt_that_is_no_prefix_is_refused():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"chosen": "a", "rejected": "b"}, "lacks prompt"),
+        ({"chosen": "a", "rejected": "b"}, "missing prompt"),
         ({"prompt": "a", "chosen": "a", "rejected": 3}, "must all be strings"),
         ({**CHAT, "chosen": "a"}, "must all be strings"),
         ({**CHAT, "chosen": ["a"]}, "must all be strings"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "the prompt has no tokens"),
-        ([1], "is no object"),
+        ([1], "not an object"),
     ],
 )
 def test_malformed_records_are_named(tmp_path, record, message):
@@ -107,7 +107,7 @@ def test_reading_jsonl(tmp_path):
     with pytest.raises(ValueError, match="line 2: not JSON"):
         read_pairs(path)
     path.write_text('{"prompt": "a"}')
-    with pytest.raises(ValueError, match="line 1: lacks chosen, rejected"):
+    with pytest.raises(ValueError, match="line 1: missing chosen, rejected"):
         read_pairs(path)
     path.write_text("")
     with pytest.raises(ValueError, match="no pairs"):

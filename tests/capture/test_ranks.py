@@ -1,4 +1,4 @@
-"""Captures by several processes (gloo, on this machine), also killed and resumed by another number of them."""
+"""Captures by several local processes, which are also killed and resumed by another number of processes."""
 
 import json
 import os
@@ -28,9 +28,14 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def as_rank(rank, size, port, function, *args):
+def join(rank, size, port):
+    """Set what a launcher tells its processes."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def as_rank(rank, size, port, function, *args):
+    join(rank, size, port)
     function(*args)
     dist.destroy_process_group()
 
@@ -44,7 +49,7 @@ def launch(context, size, function, *args):
 
 
 def finished(started, seconds=60):
-    """Exit codes. Who is not done by then is killed, as torchrun does with the others when one dies."""
+    """Exit codes. Processes that still run after `seconds` are killed, as torchrun does after one has failed."""
     deadline = time.monotonic() + seconds
     for process in started:
         process.join(max(0, deadline - time.monotonic()))
@@ -53,10 +58,10 @@ def finished(started, seconds=60):
     return [process.exitcode for process in started]
 
 
-def until_something_is_written(directory, process):
-    """However slow the machine is to start a process."""
-    before = set(directory.glob("*")) if directory.exists() else set()
-    while process.is_alive() and (not directory.exists() or set(directory.glob("*")) <= before):
+def wait_until_a_shard_is_written(directory, process):
+    """Starting a process can take long on a slow machine."""
+    before = set(directory.glob("shard-*"))
+    while process.is_alive() and set(directory.glob("shard-*")) <= before:
         time.sleep(0.02)
 
 
@@ -79,19 +84,19 @@ def test_a_killed_process_and_another_number_of_them(tmp_path, processes):  # no
     expected = run(tmp_path / "one")
     directory = tmp_path / "killed"
     rng = random.Random(0)
-    kept, deaths = {}, 0
+    written, deaths = {}, 0
     for size in (2, 3, 2, 2, 3):
         started = launch(processes, size, run_slowly, directory)
         victim = rng.randrange(size)
-        until_something_is_written(directory, started[victim])
+        wait_until_a_shard_is_written(directory, started[victim])
         started[victim].join(rng.uniform(0, 0.3))
         started[victim].kill()
         codes = finished(started, seconds=5)
         deaths += codes[victim] == -signal.SIGKILL
         for path in directory.glob("shard-*.parquet"):
-            assert kept.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+            assert written.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
     assert deaths
-    assert kept  # and none of these was written twice, above
+    assert written  # and the loop has checked that none of them was written twice
     assert run(directory) == expected
 
 
@@ -114,13 +119,13 @@ LAUNCHERS = {
     "accelerate": [
         "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
         "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-    ],  # its option for several processes; what they run on is theirs to find
+    ],  # --multi_gpu means several processes, which also works on CPUs
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers(tmp_path, launcher):
-    """Both models in one run, as a user starts it."""
+    """Teacher and reference in one command."""
     for name, seed in (("teacher", 0), ("student", 1)):
         tiny_llama(seed=seed).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The shapes preference sets come in, where they come from, and pairs that are sampled."""
+"""The forms and sources of preference sets, and pairs of sampled answers."""
 
 import json
 import os
@@ -52,32 +52,32 @@ WHOLE = {"chosen": [user("a"), assistant("good")], "rejected": [user("a"), assis
         ),
         ({"chosen": "say good", "rejected": "say get"}, {"prompt": "say g", "chosen": "ood", "rejected": "et"}),
         ({**CHAT, "tools": "[]", "x": 1}, {**CHAT, "tools": "[]"}),
-        ({**CHAT, "prompt": [{**user("a"), "tool_calls": None}]}, CHAT),  # as a column of structs holds it
+        ({**CHAT, "prompt": [{**user("a"), "tool_calls": None}]}, CHAT),  # as Parquet fills a column of messages
         (
             {"prompt": "a", "chosen": WHOLE["chosen"], "rejected": WHOLE["chosen"]},
             {**CHAT, "rejected": CHAT["chosen"]},
         ),
     ],
 )
-def test_shapes(record, expected):
-    assert as_pair("here", record) == expected
+def test_forms(record, expected):
+    assert as_pair("line 3", record) == expected
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "here: lacks rejected"),
-        ("text", "here: lacks chosen, rejected"),
-        ({**WHOLE, "prompt": "other"}, "in no message that chosen and rejected share"),
+        ({"prompt": "a", "chosen": "b"}, "line 3: missing rejected"),
+        ("text", "line 3: missing chosen, rejected"),
+        ({**WHOLE, "prompt": "other"}, "none of the messages that chosen and rejected share is the prompt"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "there is no prompt"),
         ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "there is no prompt"),
         ({"prompt": 7, "chosen": [user("a"), assistant("b")], "rejected": [user("a")]}, "prompt is a int"),
     ],
 )
-def test_other_shapes_are_refused(record, message):
+def test_other_forms_are_refused(record, message):
     with pytest.raises(ValueError, match=message):
-        as_pair("here", record)
+        as_pair("line 3", record)
 
 
 JSON = st.recursive(
@@ -119,16 +119,16 @@ def test_jsonl_parquet_and_datasets_give_the_same(tmp_path, monkeypatch):
         assert read_pairs(tmp_path / source, limit=2) == records[:2]
     with pytest.raises(ValueError, match=r"no split 'train': choose one of train_prefs"):
         read_pairs(tmp_path / "split")
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: asked.append((a, o)) or table)
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: calls.append((a, o)) or table)
     assert read_pairs("owner/name:test") == records
-    assert asked == [(("owner/name",), {"split": "test"})]
+    assert calls == [(("owner/name",), {"split": "test"})]
 
 
 def test_unreadable_files(tmp_path):
     for name, message in (
         ("pairs.csv", "must end in .jsonl"),
-        ("pairs.parquet", "no Parquet file"),
+        ("pairs.parquet", "not a readable Parquet file"),
         ("a.json", "not JSON"),
     ):
         (tmp_path / name).write_bytes(b"PAR1 no")
@@ -152,8 +152,8 @@ SAMPLING = Sampling(max_new_tokens=6, batch_size=2)
 def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path):
     model = tiny_llama()
     greedy = SAMPLING._replace(temperature=0.0, batch_size=3)
-    found = generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "answers", greedy)
-    for prompt, line in zip(PROMPTS, found, strict=True):
+    lines = generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "answers", greedy)
+    for prompt, line in zip(PROMPTS, lines, strict=True):
         ids = TOKENIZER.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         answer = []
         while len(answer) < 6 and 2 not in answer:
@@ -174,16 +174,16 @@ def test_sampling_depends_on_seed_and_prompt_only(tmp_path):
     written = (tmp_path / "first").read_bytes()
     assert generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "first", SAMPLING) == first
     assert (tmp_path / "first").read_bytes() == written
-    with pytest.raises(CacheSettingsError, match=r"drawn otherwise \(seed differ\)"):
+    with pytest.raises(CacheSettingsError, match=r"answers of another run \(seed differ\)"):
         generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "first", SAMPLING._replace(seed=1))
 
 
-@pytest.mark.parametrize("kept", [0, 10, 300, 400, 500, 600])
-def test_a_cut_file_is_completed(tmp_path, kept):
+@pytest.mark.parametrize("length", [0, 10, 300, 400, 500, 600])
+def test_a_cut_file_is_completed(tmp_path, length):
     expected = generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "whole", SAMPLING)
     whole = (tmp_path / "whole").read_bytes()
     assert len(whole) > 600
-    (tmp_path / "cut").write_bytes(whole[:kept])
+    (tmp_path / "cut").write_bytes(whole[:length])
     assert generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "cut", SAMPLING) == expected
     assert (tmp_path / "cut").read_bytes() == whole
 
@@ -239,6 +239,6 @@ def test_generate_command(tmp_path, capsys):
     assert any(pair["chosen"] != pair["rejected"] for pair in pairs)
     assert len(tokenize_pairs(pairs, TOKENIZER).pairs) == 7
     capsys.readouterr()
-    assert main([*map(str, words)]) == 0  # from the answers that are there
+    assert main([*map(str, words)]) == 0  # with the answers of the first run
     assert "left out because 5 tokens cut an answer" in capsys.readouterr().out
     assert make_pairs(["text"], ["a"], ["b"]) == [{"prompt": "text", "chosen": "a", "rejected": "b"}]

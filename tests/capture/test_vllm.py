@@ -1,5 +1,5 @@
-"""Caches from an inference engine: against those of the same model here, with a server that fails, and malformed
-answers."""
+"""Captures from an inference engine: compared with captures of the same local model, with a failing server, and with
+malformed responses."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.cache.errors import CacheSettingsError
-from dadpo_kernels.capture.errors import AnswerError, ServerError
+from dadpo_kernels.capture.errors import ResponseError, ServerError
 from dadpo_kernels.capture.local import capture_teacher
 from dadpo_kernels.capture.pairs import tokenize_pairs
 from dadpo_kernels.capture.prompt_logprobs import answer_targets
@@ -89,7 +89,7 @@ def test_a_server_gives_the_cache_of_the_model_itself(vllm, tmp_path, expected):
     assert body["model"] == "teacher"
     assert (body["prompt_logprobs"], body["max_tokens"]) == (K, 1)
     capture(vllm, tmp_path)
-    assert len(vllm.served) == 16  # nothing is left to ask
+    assert len(vllm.served) == 16  # the second call does not send a request
 
 
 FAULTS = [
@@ -102,7 +102,7 @@ FAULTS = [
 ]
 
 
-def test_faults_are_waited_out_and_no_token_is_sent_twice_after_success(vllm, tmp_path, expected):
+def test_faults_are_retried_and_scored_sequences_are_not_sent_again(vllm, tmp_path, expected):
     vllm.faults = [*FAULTS, None, *FAULTS[::-1], None, None, *FAULTS]
     capture(vllm, tmp_path)
     check(tmp_path, expected)
@@ -114,14 +114,14 @@ def test_faults_are_waited_out_and_no_token_is_sent_twice_after_success(vllm, tm
     ("fault", "error", "message"),
     [
         (vllm_server.drop, ServerError, r"cannot be reached: \w+ .*\(tried 2 times\)"),
-        (vllm_server.status(500), ServerError, r"answers 500: .*as asked for.*\(tried 2 times\)"),
+        (vllm_server.status(500), ServerError, r"responds with status 500: .*requested fault.*\(tried 2 times\)"),
         (vllm_server.half_a_body, ServerError, "cannot be reached"),
-        (vllm_server.one_token_less, AnswerError, r"prompt_logprobs of 1 tokens, \d+ were sent"),
-        (vllm_server.drip, ServerError, r"no complete answer after 0.5 s"),
-        (vllm_server.endless, AnswerError, r"more than \d+ bytes"),
+        (vllm_server.one_token_less, ResponseError, r"prompt_logprobs of 1 tokens, \d+ were sent"),
+        (vllm_server.drip, ServerError, r"no complete response after 0.5 s"),
+        (vllm_server.endless, ResponseError, r"more than \d+ bytes"),
     ],
 )
-def test_a_fault_that_stays_is_told(vllm, tmp_path, fault, error, message):
+def test_a_permanent_fault_raises_its_error(vllm, tmp_path, fault, error, message):
     vllm.faults = [fault] * 1000
     with pytest.raises(error, match=message):
         capture(vllm, tmp_path, attempts=2, timeout=0.5)
@@ -129,17 +129,21 @@ def test_a_fault_that_stays_is_told(vllm, tmp_path, fault, error, message):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(400, r"answers 400: .*--max-logprobs 5 or more"), (401, "needs an API key"), (404, "Check the URL")],
+    [
+        (400, r"responds with status 400: .*--max-logprobs 5 or more"),
+        (401, "needs an API key"),
+        (404, "Check the URL"),
+    ],
 )
 def test_a_refusal_is_not_tried_again(vllm, tmp_path, code, message):
     vllm.faults = [vllm_server.status(code)] * 1000
     with pytest.raises(ServerError, match=message):
         capture(vllm, tmp_path)
-    asked = [tuple(body["prompt"]) for _, _, body in vllm.requests]
-    assert len(set(asked)) == len(asked) < 16
+    sent = [tuple(body["prompt"]) for _, _, body in vllm.requests]
+    assert len(set(sent)) == len(sent) < 16
 
 
-def test_an_interrupted_run_keeps_every_answer(vllm, tmp_path, expected):
+def test_an_interrupted_run_keeps_all_scored_sequences(vllm, tmp_path, expected):
     vllm.faults = [None] * 7 + [vllm_server.status(400)] * 99
     for _ in range(3):
         with pytest.raises(ServerError):
@@ -168,30 +172,32 @@ def test_killed_at_random_moments(vllm, tmp_path, expected, processes):  # noqa:
     capture(vllm, tmp_path)
     check(tmp_path, expected)
     assert set(vllm.served) == set(prompts())
-    assert len(vllm.served) <= 16 + 3 * deaths  # only what was under way is sent again
+    assert len(vllm.served) <= 16 + 3 * deaths  # only requests that were active at a kill are sent again
 
 
-def test_damaged_answers_are_asked_for_again(vllm, tmp_path, expected):
+def test_damaged_scored_sequences_are_requested_again(vllm, tmp_path, expected, caplog):
     vllm.faults = [None] * 3 + [vllm_server.status(400)] * 99
     with pytest.raises(ServerError):
         capture(vllm, tmp_path)
     vllm.faults = []
-    (kept,) = tmp_path.glob(".answers*")
-    kept.write_bytes(kept.read_bytes()[:-5000])
-    capture(vllm, tmp_path)
+    (store,) = tmp_path.glob(".answers*")
+    store.write_bytes(store.read_bytes()[:-5000])
+    with caplog.at_level("DEBUG", "dadpo_kernels"):
+        capture(vllm, tmp_path)
+    assert f"{store} is deleted, its sequences are scored again" in caplog.text
     check(tmp_path, expected)
     assert len(vllm.served) == 16 + 3
 
 
 def test_another_model_or_k_is_refused(vllm, tmp_path):
     capture(vllm, tmp_path)
-    with pytest.raises(CacheSettingsError, match="served_model is 'teacher' there and 'other' now"):
+    with pytest.raises(CacheSettingsError, match="served_model was 'teacher' and is 'other' now"):
         capture(vllm, tmp_path, model="other")
 
 
 def test_one_of_several_models_must_be_named(tmp_path):
     with serving(MODEL, models=("a", "b")) as vllm:
-        with pytest.raises(ServerError, match="serves 2 models, name one of them: a, b"):
+        with pytest.raises(ServerError, match="serves 2 models, give the name of one of them: a, b"):
             capture(vllm, tmp_path)
         capture(vllm, tmp_path, model="b")
         assert vllm.requests[0][2]["model"] == "b"
@@ -243,7 +249,7 @@ def test_vllm_in_this_process(tmp_path, expected, monkeypatch, flat_logprobs):
     assert given_params.get("flat_logprobs", False) == flat_logprobs
 
 
-# ---- the rules of the format -----------------------------------------------------------------------------------
+# ---- the content of responses ------------------------------------------------------------------------------------
 
 
 def entry(logps):
@@ -256,7 +262,7 @@ def one(logps, token, k, vocab_size=100):
     return {name: values[0].tolist() for name, values in targets.items()}
 
 
-def test_the_realised_token_inside_and_outside_the_top_k():
+def test_the_label_inside_and_outside_the_top_k():
     inside = one({7: math.log(0.2), 3: math.log(0.5)}, 7, 2)
     assert inside["topk_ids"] == [3, 7]
     assert inside["topk_logps"] == pytest.approx([math.log(0.5), math.log(0.2)], abs=1e-3)
@@ -264,16 +270,16 @@ def test_the_realised_token_inside_and_outside_the_top_k():
     assert inside["topk_tail"] == pytest.approx(math.log(0.3))
     outside = one({9: math.log(0.1), 3: math.log(0.5), 7: math.log(0.2)}, 9, 2)
     assert outside == {**inside, "label_logps": pytest.approx(math.log(0.1))}
-    assert one({9: math.log(0.1)}, 9, 0)["topk_tail"] == 0  # k = 0: the realised token only, all mass is outside
+    assert one({9: math.log(0.1)}, 9, 0)["topk_tail"] == 0  # k = 0: the label only, all mass is outside
     equal = one({9: math.log(0.2), 3: math.log(0.2), 7: math.log(0.2)}, 9, 2)
-    assert equal["topk_ids"] == [3, 7]  # among equals the lowest id first
+    assert equal["topk_ids"] == [3, 7]  # equal entries are sorted by id
 
 
 def test_minus_infinity_comes_as_a_number():
-    found = one({3: -9999.0, 2: 0.0}, 2, 2)
-    assert found["topk_logps"] == [0.0, -math.inf]
-    assert found["topk_tail"] == -math.inf
-    with pytest.raises(AnswerError, match="realised token of probability 0"):
+    values = one({3: -9999.0, 2: 0.0}, 2, 2)
+    assert values["topk_logps"] == [0.0, -math.inf]
+    assert values["topk_tail"] == -math.inf
+    with pytest.raises(ResponseError, match="label of probability 0"):
         one({3: -9999.0, 2: 0.0}, 3, 2)
 
 
@@ -281,8 +287,8 @@ def test_the_tail_of_a_confident_teacher_is_bounded_by_what_is_known():
     confident = one({2: -1e-9, 3: -40.0}, 2, 2)
     assert confident["topk_tail"] <= math.log(98) - 40 + 1e-4  # 98 ids of at most exp(-40), not float32's 6e-8
     known = one({2: 0.0, 3: -20.0, 4: -21.0}, 4, 2)
-    assert known["topk_tail"] == pytest.approx(-21.0)  # the realised token is outside, so the tail is not empty
-    assert one({1: 1e-7, 0: -20.0}, 1, 2, vocab_size=2)["topk_tail"] == -math.inf  # nothing is outside
+    assert known["topk_tail"] == pytest.approx(-21.0)  # the label is outside, so the tail is not empty
+    assert one({1: 1e-7, 0: -20.0}, 1, 2, vocab_size=2)["topk_tail"] == -math.inf  # no id is outside
 
 
 @pytest.mark.parametrize(
@@ -291,31 +297,31 @@ def test_the_tail_of_a_confident_teacher_is_bounded_by_what_is_known():
         ({3: -1.0, 4: -2.0}, 5, 2, "that of token 5 is missing"),
         ({3: -1.0, 4: -2.0, 5: -3.0, 6: -3.0}, 5, 2, "has 4 log-probabilities"),
         ({5: -1.0}, 5, 2, "has 1 log-probabilities"),
-        ({5: math.nan, 3: -1.0}, 5, 2, "no log-probabilities"),
-        ({5: 0.5, 3: -1.0}, 5, 2, "no log-probabilities"),
+        ({5: math.nan, 3: -1.0}, 5, 2, "not log-probabilities"),
+        ({5: 0.5, 3: -1.0}, 5, 2, "not log-probabilities"),
         ({5: -0.1, 3: -0.1}, 5, 2, "probabilities sum to 1.8"),
         ({3: -1.0, 5: -9.0}, 5, 2, r"top 2 sum to 0.3680, .* one of the top k is missing"),
         ({5: -1.0, 100: -1.0}, 5, 2, "outside the vocabulary of 100"),
         ({5: -1.0, -1: -1.0}, 5, 2, "outside the vocabulary"),
-        ({5: -1.0, 3: -2.0, 4: -2.0}, 5, 2, "outside the top k is more probable"),
-        ({5: "-1.0", 3: -2.0}, 5, 2, "is no id with a logprob"),
-        ({5: True, 3: -2.0}, 5, 2, "is no id with a logprob"),
-        ({5: 10**400, 3: -2.0}, 5, 2, "no log-probabilities"),
-        ({"5 ": -1.0, 3: -2.0}, 5, 2, "is no id with a logprob"),
-        ({"5_0": -1.0, 3: -2.0}, 5, 2, "is no id with a logprob"),
+        ({5: -1.0, 3: -2.0, 4: -2.0}, 5, 2, "a label outside the top k is more probable"),
+        ({5: "-1.0", 3: -2.0}, 5, 2, "is not an id with a logprob"),
+        ({5: True, 3: -2.0}, 5, 2, "is not an id with a logprob"),
+        ({5: 10**400, 3: -2.0}, 5, 2, "not log-probabilities"),
+        ({"5 ": -1.0, 3: -2.0}, 5, 2, "is not an id with a logprob"),
+        ({"5_0": -1.0, 3: -2.0}, 5, 2, "is not an id with a logprob"),
         ({"05": -1.0, "5": -2.0}, 5, 2, "has 1 log-probabilities"),
     ],
 )
-def test_other_answers_are_refused(logps, token, k, message):
-    with pytest.raises(AnswerError, match=message):
+def test_malformed_responses_are_refused(logps, token, k, message):
+    with pytest.raises(ResponseError, match=message):
         one(logps, token, k)
 
 
-def test_answers_of_other_lengths_are_refused():
+def test_responses_of_other_lengths_are_refused():
     for wrong in (None, "", [], [None], [None] * 3, {"1": 1}, 5):
-        with pytest.raises(AnswerError, match=r"prompt_logprobs of (no|\d) tokens, 2 were sent"):
+        with pytest.raises(ResponseError, match=r"prompt_logprobs of (no|\d) tokens, 2 were sent"):
             answer_targets(wrong, [1, 2], 1, 0, 9)
-    with pytest.raises(AnswerError, match="position 1 has no log-probabilities"):
+    with pytest.raises(ResponseError, match="position 1 does not have log-probabilities"):
         answer_targets([None, None], [1, 2], 1, 0, 9)
 
 
@@ -331,8 +337,8 @@ JSON = st.recursive(
 
 
 @given(st.data())
-def test_a_changed_answer_gives_an_error_or_log_probabilities(data):
-    """Any value of a right answer replaced by any JSON."""
+def test_a_changed_response_gives_an_error_or_log_probabilities(data):
+    """One value of a valid response is replaced by arbitrary JSON."""
     document = json.loads(json.dumps(GOOD))
     at = data.draw(st.integers(1, len(IDS) - 1))
     where = data.draw(st.sampled_from(["position", "entry", "logprob", "key"]))
@@ -348,7 +354,7 @@ def test_a_changed_answer_gives_an_error_or_log_probabilities(data):
         document[at][data.draw(st.text("0123456789 _+-", max_size=5))] = document[at].pop(key)
     try:
         targets = answer_targets(document, IDS, 1, K, V)
-    except AnswerError:
+    except ResponseError:
         return
     for name, values in targets.items():
         assert not np.isnan(values.astype(float)).any()
@@ -361,8 +367,8 @@ def test_a_changed_answer_gives_an_error_or_log_probabilities(data):
 def test_an_arbitrary_body_gives_a_typed_error(arbitrary, body):
     server, client = arbitrary
     server.change = lambda _: body
-    with pytest.raises(AnswerError):
-        client.score(IDS, 1, K, lambda answer: answer_targets(answer, IDS, 1, K, V))
+    with pytest.raises(ResponseError):
+        client.score(IDS, 1, K, lambda logprobs: answer_targets(logprobs, IDS, 1, K, V))
 
 
 @pytest.fixture(scope="module")
@@ -376,4 +382,4 @@ def test_nothing_is_tried_again_after_a_stop(vllm):
     stopped = threading.Event()
     stopped.set()
     with closing(CompletionsServer(vllm.url, backoff=60)) as server, pytest.raises(ServerError, match="tried 1 times"):
-        server.score(IDS, 1, K, lambda answer: answer, stopped)
+        server.score(IDS, 1, K, lambda logprobs: logprobs, stopped)

@@ -1,11 +1,12 @@
-"""Coverage-guided fuzzing of what this package reads from others: caches, and answers of a server.
+"""Coverage-guided fuzzing of what this package reads from other programs: caches, and responses of a server.
 
     pip install atheris
     python -m tests.fuzz.fuzz_reader -max_total_time=60 -len_control=0 -max_len=64
 
-Each input damages one file of a small cache and makes the manifest's sizes and checksums right again, as a careless
-program that writes caches would; or it is a server's answer. What comes back must be a typed error or sane numbers.
-Other arguments are libFuzzer's. Not part of the test run: `test_*` files hold the same properties under hypothesis.
+An input either damages one file of a small cache and corrects the manifest's sizes and checksums, as a faulty program
+that writes caches could; or it damages a server's response. The reader must raise a typed error or give valid numbers.
+Other arguments are libFuzzer's. This file is not part of the test run: the `test_*` files check the same properties
+with hypothesis.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ with atheris.instrument_imports(include=["dadpo_kernels.cache", "dadpo_kernels.c
     from dadpo_kernels.cache import dataset, verify
     from dadpo_kernels.cache.errors import CacheError
     from dadpo_kernels.capture import prompt_logprobs, server
-    from dadpo_kernels.capture.errors import AnswerError
+    from dadpo_kernels.capture.errors import ResponseError
 
 import numpy as np
 
@@ -38,9 +39,9 @@ K, V = 4, 320
 IDS = [1, 17, 42, 5]
 MODEL, TOKENIZER = tiny_llama(), tiny_tokenizer()
 ENTRIES = true_prompt_logprobs(MODEL, IDS, K)
-ANSWERS = {
-    engine: json.dumps(answer).encode()
-    for engine, answer in (("vllm", as_json(ENTRIES)), ("sglang", as_sglang(ENTRIES, IDS, 0, K)))
+RESPONSES = {
+    engine: json.dumps(response).encode()
+    for engine, response in (("vllm", as_json(ENTRIES)), ("sglang", as_sglang(ENTRIES, IDS, 0, K)))
 }
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-"))
 capture_teacher(MODEL, TOKENIZER, tokenize_pairs(chat_records(2), TOKENIZER, 40), ROOT, k=K)
@@ -57,7 +58,7 @@ def damage(original: bytes, data: atheris.FuzzedDataProvider) -> bytes:
 
 
 def with_right_sums(name: str, content: bytes) -> None:
-    """Write the file, and make the manifest beside it agree."""
+    """Write the file, and correct the manifest in the same directory."""
     (ROOT / name).write_bytes(content)
     manifest = (ROOT / name).with_name("manifest.json")
     document = json.loads(FILES[manifest.relative_to(ROOT).as_posix()])
@@ -78,13 +79,13 @@ def read_cache(name: str, content: bytes) -> None:
     try:
         list(verify.problems(ROOT))
         with contextlib.suppress(CacheError):
-            found = dataset.PairDataset(ROOT, tokenizer=TOKENIZER)
-            for position in range(len(found)):
-                item = found[position]
+            pairs = dataset.PairDataset(ROOT, tokenizer=TOKENIZER)
+            for position in range(len(pairs)):
+                item = pairs[position]
                 for column, values in item.items():
                     if column.endswith("_ids"):
                         assert values.min(initial=0) >= 0
-                        assert values.max(initial=0) < found.vocab_size
+                        assert values.max(initial=0) < pairs.vocab_size
                     elif column != "pair":
                         assert (np.asarray(values) <= 1e-3).all(), column
     finally:
@@ -92,21 +93,21 @@ def read_cache(name: str, content: bytes) -> None:
             (ROOT / path).write_bytes(original)
 
 
-def read_answer(engine: str, content: bytes) -> None:
-    with contextlib.suppress(AnswerError):
-        answer = server._json_object(b'{"a": ' + content + b"}")["a"]
+def read_response(engine: str, content: bytes) -> None:
+    with contextlib.suppress(ResponseError):
+        response = server._json_object(b'{"a": ' + content + b"}")["a"]
         if engine == "sglang":
-            answer = prompt_logprobs.from_sglang(answer, IDS, 1, K)
-        targets = prompt_logprobs.answer_targets(answer, IDS, 1, K, V)
+            response = prompt_logprobs.from_sglang(response, IDS, 1, K)
+        targets = prompt_logprobs.answer_targets(response, IDS, 1, K, V)
         mass = np.exp(targets["topk_logps"].astype(float)).sum(1) + np.exp(targets["topk_tail"].astype(float))
         np.testing.assert_allclose(mass, 1, atol=5e-3)
 
 
 def one_input(content: bytes) -> None:
     data = atheris.FuzzedDataProvider(content)
-    name = data.PickValueInList([*FILES, *ANSWERS])
-    if name in ANSWERS:
-        read_answer(name, damage(ANSWERS[name], data))
+    name = data.PickValueInList([*FILES, *RESPONSES])
+    if name in RESPONSES:
+        read_response(name, damage(RESPONSES[name], data))
     else:
         read_cache(name, damage(FILES[name], data))
 

@@ -127,7 +127,7 @@ def test_memory_command(capsys):
     assert "Nothing fits" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["memory", *shape, "--memory", "lots"])
-    assert "is no size" in capsys.readouterr().err
+    assert "is not a size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

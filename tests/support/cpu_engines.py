@@ -1,7 +1,8 @@
-"""`dadpo` under engines that accelerate would start on GPUs only: what `accelerate launch` runs in the tests.
+"""The program that tests start with `accelerate launch`: `dadpo` on CPUs, under engines that accelerate starts on
+GPUs.
 
-Two decisions that are made from the device are overruled, nothing else: accelerate applies FSDP on accelerators, and
-DeepSpeed compiles a shared-memory collective for CPUs, which takes a minute.
+It overrules two decisions that depend on the device. accelerate applies FSDP on accelerators only, and DeepSpeed
+compiles a shared-memory collective for CPUs, which takes a minute.
 """
 
 import os
@@ -26,7 +27,7 @@ def fsdp_on_cpu(self, *args, fsdp_plugin=None, **kwargs):
 
 AcceleratorState.__init__ = fsdp_on_cpu
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and is_deepspeed_available():
-    # By its name: the attribute `deepspeed.comm.torch` is PyTorch.
+    # Not as an attribute: `deepspeed.comm.torch` is PyTorch there.
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 if __name__ == "__main__":

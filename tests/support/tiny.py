@@ -1,4 +1,4 @@
-"""Models, a tokenizer and pairs that are made in milliseconds, for tests of everything that is not a number."""
+"""A model, a tokenizer and pairs that are made in milliseconds, for tests that do not depend on their quality."""
 
 import random
 

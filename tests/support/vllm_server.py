@@ -1,4 +1,4 @@
-"""A server on loopback that answers as vLLM and SGLang do, from a tiny model, and fails on request."""
+"""A local server that responds as vLLM and SGLang do, with a tiny model, and fails on request."""
 
 import json
 import threading
@@ -12,19 +12,19 @@ import torch
 
 @torch.no_grad()
 def prompt_logprobs(model, ids, k):
-    """`[None, {id: Logprob}, ...]`: the realised token first, then the k best, as vLLM builds it."""
+    """`[None, {id: Logprob}, ...]`: the label first, then the k best, in vLLM's order."""
     logps = model(torch.tensor(ids)[None]).logits[0].float().log_softmax(-1)
-    found = [None]
+    positions = [None]
     for row, token in zip(logps[:-1], ids[1:], strict=True):
         values, best = row.topk(k)
         listed = [(token, row[token].item(), int((row >= row[token]).sum()))]
         listed += [(i, v, rank) for rank, (i, v) in enumerate(zip(best.tolist(), values.tolist(), strict=True), 1)]
-        found.append({i: SimpleNamespace(logprob=v, rank=rank, decoded_token="x") for i, v, rank in listed})
-    return found
+        positions.append({i: SimpleNamespace(logprob=v, rank=rank, decoded_token="x") for i, v, rank in listed})
+    return positions
 
 
 def flat(entries, ids):
-    """The same as vLLM's `FlatLogprobs`: the realised token is listed first, and again if it is one of the k best."""
+    """The same as vLLM's `FlatLogprobs`: the label comes first, and again if it is one of the k best."""
     out = SimpleNamespace(start_indices=[], end_indices=[], token_ids=[], logprobs=[])
     for entry, token in zip(entries, ids, strict=True):
         out.start_indices.append(len(out.token_ids))
@@ -39,7 +39,7 @@ def flat(entries, ids):
 
 
 def as_json(entries):
-    """What the server makes of it: ids are strings, and -inf is -9999.0."""
+    """The JSON of vLLM's server: ids are strings, and -inf is -9999.0."""
     return [
         entry and {str(i): {**vars(v), "logprob": max(v.logprob, -9999.0)} for i, v in entry.items()}
         for entry in entries
@@ -57,8 +57,8 @@ def as_sglang(entries, ids, start, k):
 
 
 class VLLM(ThreadingHTTPServer):
-    """`faults` are taken one a request, each a function of the handler that returns whether it answered; `served`
-    are the prompts that were answered in full."""
+    """Each request takes one of the `faults`: a function of the handler that returns whether it has responded.
+    `served` are the prompts with a complete response."""
 
     daemon_threads = True
 
@@ -75,7 +75,7 @@ class VLLM(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
-        """Broken connections are what the tests make."""
+        """Ignore broken connections, which the tests cause."""
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def drop(handler):
 
 def status(code, headers=()):
     def fault(handler):
-        handler.reply({"error": {"message": "as asked for"}}, code, headers)
+        handler.reply({"error": {"message": "requested fault"}}, code, headers)
         return True
 
     return fault

@@ -1,28 +1,32 @@
-"""Scored answers of a shard that is not complete yet, kept so that no token is sent to a server twice."""
+"""Stores the scored sequences of an unfinished shard, so that a server does not have to score them again."""
 
+import logging
 import sqlite3
 from pathlib import Path
 
 from ..cache.format import ANSWER_COLUMNS, Targets, pack, unpack
 
+logger = logging.getLogger("dadpo_kernels")
+
 _COLUMNS = tuple(name for name in ANSWER_COLUMNS if name != "ids")
 
 
-class Answers:
-    """Targets by sequence number, in an SQLite file: a commit each, which survives a kill at any moment.
+class ScoredSequences:
+    """Targets by sequence number in an SQLite file. Each write is a commit, which survives a kill at any moment.
 
-    A damaged file is thrown away, and what it held is asked for again. To be used from one thread.
+    A damaged file is deleted, and its sequences are scored again. Use an object from one thread only.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             self._database = self._open(path)
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            logger.debug("%s is deleted, its sequences are scored again: %s", path, error)
             path.unlink()
             self._database = self._open(path)
 
     def read(self, number: int, tokens: int) -> Targets | None:
-        """Targets of sequence `number`, whose answer has so many tokens; None if they are not there."""
+        """Targets of sequence `number`, whose answer has `tokens` tokens; None if they are not stored."""
         row = self._database.execute(
             f"SELECT {', '.join(_COLUMNS)} FROM answers WHERE number = ?", (number,)
         ).fetchone()
@@ -46,7 +50,7 @@ class Answers:
             columns = ", ".join(f"{name} BLOB NOT NULL" for name in _COLUMNS)
             database.execute(f"CREATE TABLE IF NOT EXISTS answers (number INTEGER PRIMARY KEY, {columns})")
             if database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-                raise sqlite3.DatabaseError("damaged")
+                raise sqlite3.DatabaseError("the integrity check failed")
         except BaseException:
             database.close()
             raise

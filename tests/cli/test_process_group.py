@@ -1,0 +1,97 @@
+"""A command ends the process group that it has joined, whichever way it ends, and does not wait for other
+processes."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dadpo_kernels.cli import doctor, process_group
+from dadpo_kernels.cli.main import main
+from dadpo_kernels.cli.process_group import ending_process_group
+from tests.capture.test_local import processes  # noqa: F401  # a fixture
+from tests.capture.test_ranks import finished, free_port, join
+from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
+
+
+def join_alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+
+def command_that_joins(tmp_path, error):
+    def run(args):
+        join_alone(tmp_path)
+        if error is not None:
+            raise error
+        return 0
+
+    return run
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (ValueError, 1), (KeyboardInterrupt, 130)])
+def test_a_command_ends_its_group(tmp_path, monkeypatch, error, status):
+    monkeypatch.setattr(doctor, "run", command_that_joins(tmp_path, error))
+    assert main(["doctor"]) == status
+    assert not dist.is_initialized()
+
+
+def test_an_error_that_main_does_not_handle(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "run", command_that_joins(tmp_path, RuntimeError("of the command")))
+    with pytest.raises(RuntimeError, match="of the command"):
+        main(["doctor"])
+    assert not dist.is_initialized()
+
+
+def test_a_group_of_the_caller_stays(tmp_path):
+    join_alone(tmp_path)
+    with ending_process_group():
+        pass
+    assert dist.is_initialized()
+    dist.destroy_process_group()
+
+
+def fail_with_a_pending_operation(rank, port):
+    """Rank 0 waits at a barrier; rank 1 has started an operation without it, and fails."""
+    join(rank, 2, port)
+    process_group._SECONDS = 0.5
+    with ending_process_group():
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 0:
+            time.sleep(4)  # long after the other process should have exited
+            dist.barrier()
+        pending = dist.all_reduce(torch.ones(4), async_op=True)
+        raise ValueError(f"failed with {pending}")
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(processes):  # noqa: F811
+    port = free_port()
+    started = [processes.Process(target=fail_with_a_pending_operation, args=(rank, port)) for rank in range(2)]
+    for process in started:
+        process.start()
+    started[1].join(60)
+    assert started[1].exitcode == 1
+    assert started[0].is_alive()
+    assert finished(started) == [1, 1]
+
+
+def teacher_command(rank, port, directory):
+    """The processes disagree about k, which the second one notices while the first one waits for it."""
+    join(rank, 2, port)
+    paths = {"--model": directory / "model", "--data": directory / "pairs.jsonl", "--out": directory / "cache"}
+    options = [word for option, path in paths.items() for word in (option, str(path))]
+    sys.exit(main(["teacher", *options, "--k", str(4 + rank)]))
+
+
+def test_a_capture_that_fails_in_one_process(tmp_path, processes, one_thread):  # noqa: F811
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(record) for record in chat_records(4)))
+    port = free_port()
+    started = [processes.Process(target=teacher_command, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in started:
+        process.start()
+    assert finished(started) == [1, 1]
