@@ -26,6 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="auto", help="see `dadpo doctor` (default: the one that this machine would use)"
     )
+    parser.add_argument(
+        "--grad-tolerance",
+        type=float,
+        metavar="X",
+        help="relative error allowed in the gradient of the logits: shows the live plan (default: exact gradients)",
+    )
     parser.add_argument("--frozen-head", action="store_true", help="the LM head is not trained (LoRA)")
     parser.add_argument("--memory", type=size, help="bytes that model and activations leave for the loss, as 24GiB")
 
@@ -44,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     def estimate(budget: int | None) -> MemoryEstimate:
         return estimate_memory(
             args.tokens, args.vocab, args.hidden, dtype, k=args.k, backend=backend, memory_budget=budget,
-            frozen_head=args.frozen_head,
+            grad_tolerance=args.grad_tolerance, frozen_head=args.frozen_head,
         )  # fmt: skip
 
     estimates = {"0": estimate(0), "default": estimate(None), "everything": estimate(2**62)}
@@ -60,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
     for name, estimated in estimates.items():
         fits = "" if args.memory is None else ("yes" if estimated.total <= args.memory else "no")
         plan = estimated.plan
+        units = f"{'>= ' if plan.name == 'live' else ''}{plan.units:.2f}"  # a live plan's depend on the data
         print(
-            f"{name:>16} {plan.name:>10} {plan.units:>9.2f} {mib(plan.retained_bytes):>13} "
+            f"{name:>16} {plan.name:>10} {units:>9} {mib(plan.retained_bytes):>13} "
             f"{mib(estimated.total):>9}  {fits}"
         )
     if args.memory is not None and estimates["0"].total > args.memory:
