@@ -1,6 +1,6 @@
 """Triton kernels around, or instead of, the matrix products: `triton_rows` and `triton`.
 
-`TritonTiles` are the row tiles of `row_tiles.py` with Triton's passes over them. `FusedTiles` computes the products of
+`TritonTiles` are the row tiles of `gpu_base.py` with Triton's passes over them. `FusedTiles` computes the products of
 hidden and weight in its own kernels, so that statistics, retained exponentials and the gradient of the logits leave
 the chip and the logits do not. The gradient's products are cuBLAS's in both.
 """
