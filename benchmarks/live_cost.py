@@ -28,7 +28,7 @@ from benchmarks.process import environment
 from benchmarks.run import TOKENS
 from benchmarks.style import LIMIT, OURS, RIVAL, figure, save
 from benchmarks.variants import RETAIN_EVERYTHING, ours
-from dadpo_kernels.ops.live import diagnostics as live_diagnostics
+from dadpo_kernels import live_diagnostics
 
 OBJECTIVE = "dpo+kl"
 CHUNKS = (64, 128, 192, 256, 512)
@@ -60,7 +60,7 @@ def study(inputs: Inputs, calls: int) -> dict[str, Any]:
     }
     grid = [(c, CHOSEN_LIMIT) for c in CHUNKS] + [(CHOSEN_CHUNK, t) for t in LIMITS if t != CHOSEN_LIMIT]
     for chunk, tolerance in grid:
-        with mock.patch("dadpo_kernels.ops.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
+        with mock.patch("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
             with live_diagnostics() as done:
                 got = gradients(inputs, None, tolerance)
             row = {"chunk": chunk, "tolerance": tolerance, "seconds": seconds(inputs, None, tolerance, calls)}

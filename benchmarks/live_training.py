@@ -30,11 +30,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.process import environment
-from dadpo_kernels import linear_selected_logps
+from dadpo_kernels import linear_selected_logps, live_diagnostics
 from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
 from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs
-from dadpo_kernels.ops.live import diagnostics as live_diagnostics
 from dadpo_kernels.train.config import DaDPOConfig
 from dadpo_kernels.train.trainer import DaDPOTrainer
 from examples.quickstart.prune import DATA, drop_layers

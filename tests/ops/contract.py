@@ -17,8 +17,8 @@ from torch import Tensor
 from dadpo_kernels import linear_selected_logps, linear_topk_logps
 from dadpo_kernels.ops.backends import reference
 from dadpo_kernels.ops.backends.registry import BACKENDS
-from dadpo_kernels.ops.plan import live_bytes
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.live.plan import live_buffer_bytes
+from dadpo_kernels.ops.run import plan_for
 from tests.support.dense import (
     IGNORE,
     Problem,
@@ -453,7 +453,7 @@ def operator_arguments(
     if grad_tolerance is None:
         kept = plan_for(rows, vocab, 8, torch.float32, backend=backend, memory_budget=budget).retained_bytes
     else:
-        kept = live_bytes(rows, vocab, 4, budget)
+        kept = live_buffer_bytes(rows, vocab, 4, budget)
     return (
         torch.randn(rows, 8, requires_grad=True),
         torch.randn(vocab, 8, requires_grad=True),

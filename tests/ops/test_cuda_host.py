@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
 from benchmarks.gpu_suite import row_passes
+from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends.registry import BACKENDS, Backend
 from tests.ops import contract
 from tests.ops.contract import Subject, budgets, operator_arguments
@@ -90,4 +90,4 @@ def test_row_passes_alone(monkeypatch):
 @pytest.mark.parametrize("retain", [False, True])
 def test_opcheck(retain):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(module._selected_logps, operator_arguments("host", 16, 600, retain), test_utils=tests)
+    opcheck(autograd.selected_logps, operator_arguments("host", 16, 600, retain), test_utils=tests)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
 from dadpo_kernels import linear_selected_logps, live_diagnostics
+from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends.cpu import _cpu
-from dadpo_kernels.ops.plan import LIVE_TILE, live_bytes, make_live_plan
+from dadpo_kernels.ops.live.plan import LIVE_TILE, live_buffer_bytes, make_live_plan
 from tests.ops import contract
 from tests.ops.contract import Subject, operator_arguments
 from tests.support.dense import IGNORE, Problem, Standard, finite, random_problem, values_and_grads
@@ -26,8 +26,8 @@ BUDGETS = {"recompute": 0, "partial": 8_000, "retain": 2**31}
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Small chunks and tiles, so that small problems have many of both."""
-    monkeypatch.setattr("dadpo_kernels.ops.plan.live_chunk", lambda vocab: 16)
-    monkeypatch.setattr("dadpo_kernels.ops.plan.LIVE_TILE", 256)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 16)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", 256)
 
 
 def live(p: Problem, backend: str, tolerance: float, budget: int | None = None):
@@ -170,8 +170,8 @@ def test_options(backend, dtype, option):
 @pytest.mark.parametrize("sharpness", [0.05, 1.0, 3.0])
 def test_real_hidden_states(smollm2, sharpness, monkeypatch):
     """From nearly uniform, as after initialisation, to overconfident; the tiles a user gets, two chunks and a bit."""
-    monkeypatch.setattr("dadpo_kernels.ops.plan.LIVE_TILE", LIVE_TILE)
-    monkeypatch.setattr("dadpo_kernels.ops.plan.live_chunk", lambda vocab: 40)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", LIVE_TILE)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 40)
     hidden, weight, labels = smollm2
     hidden = hidden * sharpness
     g = torch.randn(len(labels), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -314,9 +314,9 @@ def test_threads_do_not_change_the_result(tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_instruction_set(dtype, monkeypatch):
     """Several uneven sweeps of both inner dimensions, an odd number of tokens, and live columns with gaps."""
-    monkeypatch.setattr("dadpo_kernels.ops.plan.LIVE_TILE", 2000)
-    monkeypatch.setattr("dadpo_kernels.ops.plan.live_chunk", lambda vocab: 701)
-    p = random_problem(rows=1101, vocab=3001, width=77, k=None, bias=True)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", 2000)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 701)
+    p = random_problem(rows=1101, vocab=3001, width=77, k=3, bias=True)
     p.bias[torch.rand(3001, generator=torch.Generator().manual_seed(0)) < 0.4] = -torch.inf
     standard, best = Standard.of(p, dtype), _cpu.active()
     try:
@@ -344,7 +344,7 @@ def test_without_gradients_there_is_no_live_plan():
 @pytest.mark.parametrize("retain", [False, True])
 def test_opcheck(backend, retain):
     # Every column live, so that the buffer is filled to the last byte.
-    opcheck(module._selected_logps, operator_arguments(backend, 64, 600, retain, 1e-12))
+    opcheck(autograd.selected_logps, operator_arguments(backend, 64, 600, retain, 1e-12))
 
 
 def test_compiled_as_one_node():
@@ -370,7 +370,7 @@ def test_bad_tolerance(tolerance):
 
 
 def test_plan_is_inspectable():
-    plan = make_live_plan(100, 40, 1000, 64, 4, live_bytes(100, 1000, 4, 5000), 1e-3)
+    plan = make_live_plan(100, 40, 1000, 64, 4, live_buffer_bytes(100, 1000, 4, 5000), 1e-3)
     assert [(c.start, c.stop) for c in plan.chunks] == [(0, 16), (16, 32), (32, 40)]
     assert plan.tiles == [(0, 256), (256, 256), (512, 256), (768, 232)]
     assert plan.profile_bytes == 7 * 1000 * 4

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
 from dadpo_kernels import linear_selected_logps
+from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends import cpu, registry
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.run import Run, plan_for
 from tests.ops import contract
 from tests.ops.contract import Subject, operator_arguments
 from tests.support.dense import Standard, random_problem, values_and_grads
@@ -159,7 +159,7 @@ def test_compiled_as_one_node():
 @pytest.mark.parametrize("retain", [False, True])
 def test_opcheck(monkeypatch, backend, vocab, tile, retain):
     monkeypatch.setattr(registry.BACKENDS[backend].tiles, "tile_columns", staticmethod(lambda *_: tile))
-    opcheck(module._selected_logps, operator_arguments(backend, 64, vocab, retain))
+    opcheck(autograd.selected_logps, operator_arguments(backend, 64, vocab, retain))
 
 
 def test_second_derivative_raises():
@@ -224,7 +224,7 @@ def test_plan_is_inspectable():
     plan = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=2**31, grad_weight=False)
     assert (plan.name, plan.units) == ("retain", 2)
     assert "frozen head" in str(plan)
-    buffer = module.buffer_bytes(torch.empty(1024, 576, dtype=torch.bfloat16), torch.empty(49152, 0), 2**40, None)
+    buffer = Run(memory_budget=2**40).buffer_bytes(1024, 49152, torch.bfloat16)
     assert plan.retained_bytes <= buffer < 1.05 * plan.retained_bytes
     half = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=plan.retained_bytes // 2)
     assert half.name == "partial"
