@@ -1,5 +1,8 @@
 """The live plan: its error is the one it reports and stays under the tolerance, whatever the head and the loss."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,15 +13,13 @@ from dadpo_kernels import linear_selected_logps, live_diagnostics
 from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends.cpu import _cpu
 from dadpo_kernels.ops.live.plan import LIVE_TILE, live_buffer_bytes, make_live_plan
-from tests.support.dense import IGNORE, Problem, assert_as_good_as_dense, finite, random_problem, values_and_grads
+from tests.ops import contract
+from tests.ops.contract import Subject, operator_arguments
+from tests.support.dense import IGNORE, Problem, Standard, finite, random_problem, values_and_grads
 
 BACKENDS = ["torch", "cpu"]
-OPTIONS = {
-    "plain": {},
-    "bias": {"bias": True},
-    "softcap": {"softcap": 6.0},
-    "all": {"bias": True, "logit_scale": -0.5, "softcap": 6.0, "temperature": 0.7},
-}
+OPTIONS = ("plain", "bias", "softcap", "all")
+EXACT = {"tile": 256, "options": OPTIONS, "examples": 15, "grad_tolerance": 1e-12}
 BUDGETS = {"recompute": 0, "partial": 8_000, "retain": 2**31}
 
 
@@ -31,9 +32,9 @@ def several_chunks(monkeypatch):
 
 def live(p: Problem, backend: str, tolerance: float, budget: int | None = None):
     """Outputs and gradients by name, and what the backward reports."""
-    own = Problem(p.hidden, p.weight, p.labels, p.topk_ids, p.bias, {**p.options, "grad_tolerance": tolerance})
+    tolerant = replace(p, options={**p.options, "grad_tolerance": tolerance})
     with live_diagnostics() as done:
-        got = values_and_grads(own, backend, budget)
+        got = values_and_grads(tolerant, backend, budget)
     assert len(done) == 1
     return got, done[0]
 
@@ -48,17 +49,27 @@ def exact_dz(p: Problem) -> torch.Tensor:
     return values_and_grads(identity, "reference")["grad_hidden"]
 
 
-def zipf_problem(rows: int = 90, vocab: int = 1000, width: int = 24, k: int | None = 7, seed: int = 0) -> Problem:
-    """A head with frequent and rare words, as trained ones have, and labels drawn from it; a third masked."""
+def zipf_problem(
+    rows: int = 90, vocab: int = 1000, width: int = 24, k: int | None = 7, seed: int = 0, bias: bool = True
+) -> Problem:
+    """A head with frequent and rare words, as trained ones have, and labels drawn from it; a third masked.
+
+    Frequencies are in the bias, so it always has one.
+    """
+    assert bias
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g)
     weight = torch.randn(vocab, width, generator=g) * 0.4
-    bias = -2.0 * torch.arange(1, vocab + 1).log()[torch.randperm(vocab, generator=g)]
-    p = (hidden @ weight.T + bias).softmax(-1)
+    frequency = -2.0 * torch.arange(1, vocab + 1).log()[torch.randperm(vocab, generator=g)]
+    p = (hidden @ weight.T + frequency).softmax(-1)
     labels = torch.multinomial(p, 1, generator=g)[:, 0]
     labels[1::3] = IGNORE
-    ids = None if k is None else (hidden @ weight.T + bias + torch.randn(rows, vocab, generator=g)).topk(max(k, 1))[1]
-    return Problem(hidden, weight, labels, None if ids is None else ids[:, :k], bias)
+    ids = (
+        None
+        if k is None
+        else (hidden @ weight.T + frequency + torch.randn(rows, vocab, generator=g)).topk(max(k, 1))[1]
+    )
+    return Problem(hidden, weight, labels, None if ids is None else ids[:, :k], frequency)
 
 
 def heads() -> dict[str, Problem]:
@@ -120,23 +131,28 @@ def test_gradients_stay_under_the_bound(backend, head):
             torch.testing.assert_close(finite(got[name]).double(), finite(exact[name]), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("plan", BUDGETS)
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(b, d) for b in BACKENDS for d in (torch.float32, torch.bfloat16)] + [("torch", torch.float64)],
-)
-def test_a_tolerance_of_nothing_is_exact(backend, dtype, option, plan):
-    """Masked rows, duplicate ids, ragged chunks: every column turns live, and the exact plans' tolerance holds."""
-    options = {**OPTIONS[option], "grad_tolerance": 1e-12}
-    assert_as_good_as_dense(random_problem(**options), dtype, backend, BUDGETS[plan])
+class TestValues(contract.Values):
+    """A tolerance of nothing: every column turns live, and the tolerance of the exact plans holds."""
+
+    subjects = (
+        Subject("torch", (torch.float32, torch.bfloat16, torch.float64), **EXACT),
+        Subject("cpu", (torch.float32, torch.bfloat16), **EXACT),
+    )
+
+
+class TestConduct(contract.Conduct):
+    """With live and dead columns."""
+
+    subjects = tuple(
+        Subject(backend, rows=90, vocab=1000, tile=256, make=zipf_problem, grad_tolerance=1e-2) for backend in BACKENDS
+    )
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_options(backend, dtype, option):
-    options = dict(OPTIONS[option])
+    options = contract.OPTIONS[option]
     p = zipf_problem()
     p.options = {name: value for name, value in options.items() if name != "bias"}
     p = p.to(dtype)
@@ -152,8 +168,7 @@ def test_options(backend, dtype, option):
 
 
 @pytest.mark.parametrize("sharpness", [0.05, 1.0, 3.0])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_real_hidden_states(smollm2, backend, sharpness, monkeypatch):
+def test_real_hidden_states(smollm2, sharpness, monkeypatch):
     """From nearly uniform, as after initialisation, to overconfident; the tiles a user gets, two chunks and a bit."""
     monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", LIVE_TILE)
     monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 40)
@@ -164,7 +179,7 @@ def test_real_hidden_states(smollm2, backend, sharpness, monkeypatch):
     dz = torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0).sub_(logits.softmax(1)) * g[:, None]
     singular = [torch.linalg.eigvalsh(m.double().T @ m.double())[-1].sqrt() for m in (weight, hidden)]
     exact = dz @ weight.double(), dz.T @ hidden.double()
-    for tolerance in (1e-3, 1e-2):
+    for backend, tolerance in product(BACKENDS, (1e-3, 1e-2)):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         out = linear_selected_logps(*leaves, labels, backend=backend, grad_tolerance=tolerance)
         with live_diagnostics() as done:
@@ -219,81 +234,26 @@ def test_a_loss_the_forward_did_not_expect_is_recomputed_exactly(backend):
 
 @pytest.mark.parametrize("budget", [0, 2**31])
 @pytest.mark.parametrize("backend", BACKENDS)
-class TestExtremes:
-    def test_minus_infinity(self, backend, budget):
-        p = random_problem(vocab=1300, bias=True, grad_tolerance=1e-12)
-        p.bias[:600] = -torch.inf
-        p.bias[900:950] = -torch.inf
-        p.topk_ids[:, 1] = 920
-        p.labels[0] = 10
-        assert_as_good_as_dense(p, torch.float32, backend, budget)
-        _, report = live(p, backend, 1e-4, budget)
-        assert report.live_share < 0.55  # a forbidden column is dead, and costs nothing
+class TestReports:
+    """What the backward tells of problems whose results the contract checks."""
 
-    def test_confident_student(self, backend, budget):
-        p = random_problem(vocab=1300, k=3, grad_tolerance=1e-12)
-        p.topk_ids[:, 0] = 5
-        p.weight[5] = 0
-        p.bias = torch.zeros(1300)
-        p.bias[5] = 80.0
-        assert_as_good_as_dense(p, torch.float32, backend, budget)
+    def test_a_forbidden_column_is_dead(self, backend, budget):
+        p = contract.minus_infinity(Subject(backend, vocab=1300, tile=400))
+        assert live(p, backend, 1e-4, budget)[1].live_share < 0.55
 
-    def test_topk_covers_vocabulary(self, backend, budget):
-        p = random_problem(rows=9, vocab=6, k=6, grad_tolerance=1e-3)
-        p.topk_ids[:] = torch.arange(6)
-        assert_as_good_as_dense(p, torch.float32, backend, budget)
-
-    def test_masked_rows_hold_anything(self, backend, budget):
-        p = zipf_problem()
-        clean, _ = live(p, backend, 1e-2, budget)
-        masked = p.labels == IGNORE
-        p.hidden[masked] = torch.nan
-        p.topk_ids[masked] = -(2**31)
-        got, _ = live(p, backend, 1e-2, budget)
-        for name in clean:
-            assert torch.equal(got[name], clean[name]), name
-        assert got["grad_hidden"][masked].abs().max() == 0
-        assert got["grad_hidden"][~masked].abs().max() > 0
-
-    @pytest.mark.parametrize("rows", [0, 9])
-    def test_no_valid_token(self, backend, budget, rows):
-        p = random_problem(rows=rows, grad_tolerance=1e-2)
-        p.labels[:] = IGNORE
-        assert all(v.abs().sum() == 0 for v in values_and_grads(p, backend, budget).values())
-
-    def test_nan_is_not_hidden(self, backend, budget):
+    def test_nan_is_exact_or_live(self, backend, budget):
         p = zipf_problem(k=2)
         p.hidden[0, 3] = torch.nan
-        got, report = live(p, backend, 1e-2, budget)
-        assert got["label"][0].isnan()
-        assert got["grad_hidden"][0].isnan().all()
-        assert got["grad_hidden"][2:].isfinite().all()
+        _, report = live(p, backend, 1e-2, budget)
         assert 0 < report.exact_share < 1 or report.live_share > 0.2
 
-    def test_bitwise_repeatable(self, backend, budget):
-        a, b = (live(zipf_problem(), backend, 1e-2, budget)[0] for _ in range(2))
-        for name in a:
-            assert torch.equal(a[name], b[name]), name
-
-    def test_frozen_head_and_frozen_body(self, backend, budget):
+    @pytest.mark.parametrize("trained", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids="+".join)
+    def test_frozen_parts_cost_less(self, backend, budget, trained):
         p = zipf_problem()
-        full, _ = live(p, backend, 1e-2, budget)
-        for trained in (["hidden"], ["weight"], ["bias"], ["hidden", "bias"]):
-            leaves = {k: getattr(p, k).clone().requires_grad_(k in trained) for k in ("hidden", "weight", "bias")}
-            out = linear_selected_logps(
-                leaves["hidden"], leaves["weight"], p.labels, p.topk_ids, bias=leaves["bias"], backend=backend,
-                memory_budget=budget, grad_tolerance=1e-2,
-            )  # fmt: skip
-            g = torch.Generator().manual_seed(1)
-            loss = sum((torch.randn(o.shape, generator=g, dtype=torch.float64) * o.double()).sum() for o in out)
-            with live_diagnostics() as done:
-                loss.backward()
-            assert done[0].units < 1 + done[0].live_share * (1 + (budget == 0)) + 1e-6
-            for name, leaf in leaves.items():
-                if name in trained:
-                    torch.testing.assert_close(leaf.grad, full[f"grad_{name}"], rtol=1e-4, atol=1e-5)
-                else:
-                    assert leaf.grad is None
+        p.options["grad_tolerance"] = 1e-2
+        with live_diagnostics() as done:
+            values_and_grads(p, backend, budget, trained)
+        assert done[0].units < 1 + done[0].live_share * (1 + (budget == 0)) + 1e-6
 
 
 @given(
@@ -350,20 +310,23 @@ def test_threads_do_not_change_the_result(tolerance):
             torch.testing.assert_close(value, other[name], rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
 
 
-@pytest.mark.parametrize("isa", _cpu.available() if _cpu else [])
+@pytest.mark.skipif(_cpu is None, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("budget", [0, 2**31])
-def test_every_instruction_set(isa, dtype, budget, monkeypatch):
+def test_every_instruction_set(dtype, monkeypatch):
     """Several uneven sweeps of both inner dimensions, an odd number of tokens, and live columns with gaps."""
     monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", 2000)
     monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 701)
-    p = random_problem(rows=1101, vocab=3001, width=77, k=None, bias=True, grad_tolerance=1e-12)
+    p = random_problem(rows=1101, vocab=3001, width=77, k=3, bias=True)
     p.bias[torch.rand(3001, generator=torch.Generator().manual_seed(0)) < 0.4] = -torch.inf
-    best = _cpu.active()
-    _cpu.use(isa)
+    standard, best = Standard.of(p, dtype), _cpu.active()
     try:
-        assert_as_good_as_dense(p, dtype, "cpu", budget)
-        assert live(p.to(dtype), "cpu", 1e-12, budget)[1].live_share < 0.8
+        for isa in _cpu.available():
+            _cpu.use(isa)
+            assert _cpu.active() == isa
+            for budget in (0, 2**31):
+                got, report = live(p.to(dtype), "cpu", 1e-12, budget)
+                standard.check(got, f"{isa}, budget {budget}, ")
+                assert report.live_share < 0.8
     finally:
         _cpu.use(best)
 
@@ -380,17 +343,8 @@ def test_without_gradients_there_is_no_live_plan():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("retain", [False, True])
 def test_opcheck(backend, retain):
-    # Every column live, so that the buffer is filled to the last byte: opcheck compares outputs.
-    rows, vocab = 64, 600
-    args = (
-        torch.randn(rows, 8, requires_grad=True),
-        torch.randn(vocab, 8, requires_grad=True),
-        torch.randn(vocab, requires_grad=True),
-        torch.randint(vocab, (rows,)),
-        torch.randint(vocab, (rows, 3)),
-        1.0, 30.0, 1.0, IGNORE, backend, 1e-12, live_buffer_bytes(rows, vocab, 4, 2**31 if retain else 0),
-    )  # fmt: skip
-    opcheck(autograd.selected_logps, args)
+    # Every column live, so that the buffer is filled to the last byte.
+    opcheck(autograd.selected_logps, operator_arguments(backend, 64, 600, retain, 1e-12))
 
 
 def test_compiled_as_one_node():
@@ -421,18 +375,3 @@ def test_plan_is_inspectable():
     assert plan.tiles == [(0, 256), (256, 256), (512, 256), (768, 232)]
     assert plan.profile_bytes == 7 * 1000 * 4
     assert plan.budget == 5000
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_weight_whose_rows_lie_apart(backend):
-    p = zipf_problem()
-    apart = torch.full((len(p.weight), p.weight.shape[1] + 9), torch.nan)[:, : p.weight.shape[1]].copy_(p.weight)
-    got, want = (
-        linear_selected_logps(
-            p.hidden, weight, p.labels, p.topk_ids, bias=p.bias, backend=backend, grad_tolerance=1e-3
-        )
-        for weight in (apart, p.weight)
-    )
-    assert apart.stride(0) == p.weight.shape[1] + 9
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)

@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from dadpo_kernels import linear_dadpo_loss, linear_selected_logps, linear_topk_logps
 from dadpo_kernels.losses.targets import TeacherTargets
 from dadpo_kernels.ops.vocab_parallel import vocab_parallel_selected_logps
-from tests.support.dense import IGNORE, Problem, finite, random_problem, values_and_grads
+from tests.ops.contract import OPTIONS, PROBLEMS, Subject, confident
+from tests.support.dense import IGNORE, Problem, Standard, finite, random_problem, values_and_grads
 from tests.support.ranks import Traffic, run_ranks
 
 WORLDS = [2, 4]
@@ -18,33 +19,21 @@ BUDGETS = {"recompute": 0, "partial": 60_000, "retain": 2**31}
 
 
 def problems() -> dict[str, Problem]:
-    found = {
+    # A whole shard of forbidden tokens, some among the ids and as a label; a shard's logits far from the others'.
+    subject = Subject("torch", vocab=1300, tile=467)
+    shared = ("-inf", "every logit +300", "second tile -200", "second tile +200", "top k covers vocabulary", "no ids")
+    tables = {
         "plain": random_problem(vocab=1300),
         "no topk": random_problem(k=None),
-        "all options": random_problem(
-            vocab=1301, bias=True, logit_scale=-0.5, softcap=6.0, temperature=0.7
-        ),
+        "all options": random_problem(vocab=1301, **OPTIONS["all"]),
         "one token": random_problem(rows=1, k=3),
         "no valid token": random_problem(),
         "no token": random_problem(rows=0),
-        "tiny vocabulary": random_problem(rows=9, vocab=7, k=7),
-        "-inf": random_problem(vocab=1300, bias=True),
-        "confident": random_problem(vocab=1300, k=3, bias=True),
-        "far apart": random_problem(vocab=1300, bias=True),
-    }  # fmt: skip
-    found["no valid token"].labels[:] = IGNORE
-    found["tiny vocabulary"].topk_ids[:] = torch.arange(7)
-    p = found["-inf"]  # a whole shard of forbidden tokens, some among the ids and as a label
-    p.bias[:700] = -torch.inf
-    p.topk_ids[:, 1] = 20
-    p.labels[0] = 10
-    p = found["confident"]  # a tail of e^-60
-    p.topk_ids[:, 0] = 5
-    p.weight[5] = 0
-    p.bias[:] = 0
-    p.bias[5] = 80
-    found["far apart"].bias[600:900] = 200
-    return found
+        "confident": confident(subject),
+        **{name: PROBLEMS[name](subject) for name in shared},
+    }
+    tables["no valid token"].labels[:] = IGNORE
+    return tables
 
 
 def sizes(vocab: int, world: int) -> list[int]:
@@ -167,28 +156,16 @@ def ranks(request):
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_equals_one_process(ranks, name, backend, dtype):
     """The whole head's float64 values and gradients, by the policy of dense.py; ranks agree to the last bit."""
-    low = problems()[name].to(dtype)
-    exact, plain = values_and_grads(low.to(torch.float64), "reference"), values_and_grads(low, "reference")
-    eps, rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps, torch.finfo(dtype).eps / 2
+    standard = Standard.of(problems()[name], dtype)
     for plan in BUDGETS:
-        every = [values["numbers"][name, backend, dtype, plan] for values in ranks]
-        for key, want in exact.items():
-            got = [values[key] for values in every]
+        shards = [values["numbers"][name, backend, dtype, plan] for values in ranks]
+        got = dict(shards[0])
+        for key in got:
             if key in ("grad_weight", "grad_bias"):
-                got = torch.cat(got)
+                got[key] = torch.cat([shard[key] for shard in shards])
             else:
-                assert all(torch.equal(other, got[0]) for other in got), f"{key}: ranks differ"
-                got = got[0]
-            assert got.shape == want.shape, key
-            torch.testing.assert_close(got == -torch.inf, want == -torch.inf)
-            if not want.numel():
-                continue
-            want = finite(want)
-            scale = want.abs().max().clamp_min(1.0)
-            error = (finite(got).double() - want).abs().max()
-            allowed = 3 * (finite(plain[key]).double() - want).abs().max() + 16 * eps * scale
-            allowed += rounding * scale if key.startswith("grad") else 0
-            assert error <= allowed, f"{plan}, {key}: error {error:.2e}, allowed {allowed:.2e} (up to {scale:.2e})"
+                assert all(torch.equal(shard[key], got[key]) for shard in shards), f"{key}: ranks differ"
+        standard.check(got, f"{plan}, ", roundings=1)
 
 
 def test_frozen_and_no_grad(ranks):

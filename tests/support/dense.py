@@ -5,6 +5,7 @@ computation in the same dtype (operands in that dtype, logits in float32), plus 
 for gradients, one rounding of the logits' gradient to the operands' dtype.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -47,10 +48,16 @@ def random_problem(
     return Problem(hidden, weight, labels, ids, torch.randn(vocab, generator=g) if bias else None, options)
 
 
-def values_and_grads(p: Problem, backend: str, memory_budget: int | None = None) -> dict[str, Tensor]:
-    """Outputs, and gradients of a random linear function of them, by name."""
+def values_and_grads(
+    p: Problem,
+    backend: str,
+    memory_budget: int | None = None,
+    trained: Collection[str] = ("hidden", "weight", "bias"),
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of a random linear function of them, by name: None of what is not trained."""
     leaves = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
-    leaves = {k: v.clone().requires_grad_() for k, v in leaves.items() if v is not None}
+    # Strides stay as they are.
+    leaves = {k: v.detach().requires_grad_(k in trained) for k, v in leaves.items() if v is not None}
     out = linear_selected_logps(
         leaves["hidden"], leaves["weight"], p.labels, p.topk_ids, bias=leaves.get("bias"),
         backend=backend, memory_budget=memory_budget, **p.options,
@@ -65,26 +72,44 @@ def values_and_grads(p: Problem, backend: str, memory_budget: int | None = None)
 
 
 def finite(t: Tensor) -> Tensor:
-    """-inf (log 0) out of a sum that is to be differentiated."""
-    return t.where(t > -torch.inf, 0.0)
+    """-inf (log 0) out of a sum that is to be differentiated; NaN stays."""
+    return t.where(t != -torch.inf, 0.0)
 
 
-def assert_as_good_as_dense(p: Problem, dtype: torch.dtype, backend: str, memory_budget: int | None = None) -> None:
-    low = p.to(dtype)
-    got = values_and_grads(low, backend, memory_budget)
-    plain = values_and_grads(low, "reference")
-    exact = values_and_grads(low.to(torch.float64), "reference")
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    rounding = torch.finfo(dtype).eps / 2
-    for name, want in exact.items():
-        assert got[name].shape == want.shape, name
-        torch.testing.assert_close(got[name] == -torch.inf, want == -torch.inf, msg=lambda m, n=name: f"{n}: {m}")
-        if not want.numel():
-            continue
-        want = finite(want)
-        scale = want.abs().max().clamp_min(1.0)  # incoming gradients and operands are of order 1
-        error = (finite(got[name]).double() - want).abs().max()
-        allowed = 3 * (finite(plain[name]).double() - want).abs().max() + 16 * eps * scale
-        # Retained exponentials and scaled hidden states are rounded each, where the reference rounds dz alone.
-        allowed += 2 * rounding * scale if name.startswith("grad") else 0
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e} (values up to {scale:.2e})"
+@dataclass(frozen=True)
+class Standard:
+    """What a result of one problem in one dtype is held against."""
+
+    plain: dict[str, Tensor]  # the dense computation in that dtype
+    exact: dict[str, Tensor]  # float64
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, p: Problem, dtype: torch.dtype) -> "Standard":
+        low = p.to(dtype)
+        return cls(values_and_grads(low, "reference"), values_and_grads(low.to(torch.float64), "reference"), dtype)
+
+    def check(self, got: dict[str, Tensor], where: str = "", roundings: int = 2) -> None:
+        """`roundings` are those of the gradients: retained exponentials and scaled hidden states are rounded each,
+        where the reference rounds dz alone."""
+        eps = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
+        rounding = torch.finfo(self.dtype).eps / 2
+        for name, want in self.exact.items():
+            place = f"{where}{name}"
+            assert got[name].shape == want.shape, place
+            assert torch.equal(got[name] == -torch.inf, want == -torch.inf), f"{place}: -inf at other places"
+            if not want.numel():
+                continue
+            want = finite(want)
+            scale = want.abs().max().clamp_min(1.0)  # incoming gradients and operands are of order 1
+            error = (finite(got[name]).double() - want).abs().max()
+            allowed = 3 * (finite(self.plain[name]).double() - want).abs().max() + 16 * eps * scale
+            allowed += roundings * rounding * scale if name.startswith("grad") else 0
+            assert error <= allowed, f"{place}: error {error:.2e}, allowed {allowed:.2e} (values up to {scale:.2e})"
+
+
+def assert_as_good_as_dense(p: Problem, dtype: torch.dtype, backend: str, *budgets: int) -> None:
+    """With each of the memory budgets."""
+    standard, low = Standard.of(p, dtype), p.to(dtype)
+    for budget in budgets:
+        standard.check(values_and_grads(low, backend, budget), f"{backend}, budget {budget}, ")
