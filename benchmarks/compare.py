@@ -1,58 +1,27 @@
 """Two results files side by side: `python -m benchmarks.compare A.json B.json`.
 
-Files of `benchmarks.work` (counts): every count of B against A's; exit status 1 if one grew, so that continuous
-integration can hold a change against the committed file. Files of `benchmarks.run` or `benchmarks.gpu_suite`
-(times): every variant's time and peak memory in B over A's, for people to read; times never fail anything.
+Files of rows (`benchmarks.rows`) or of the GPU suite: what both measured, B over A, for people to read. Times fail
+nothing: counts do (`tools.work`).
 """
 
 import argparse
 import json
-import statistics
-import sys
 from pathlib import Path
 
 from benchmarks.gpu_suite.tables import timed_steps
+from benchmarks.rows import Rows, load, middle
 
-SLACK = 0.01  # of the counted unit: index arithmetic on a few rows may come and go
 
-
-def grown(before: dict, after: dict) -> list[str]:
-    """One line per count of `after` that is missing in, or larger than in, `before`.
-
-    Raises:
-        ValueError: the counts are from different PyTorch versions, whose operations differ inside.
-    """
-    if before["torch"] != after["torch"]:
-        raise ValueError(
-            f"counted with torch {before['torch']} and {after['torch']}; count both with the same: "
-            "python -m benchmarks.work --out FILE"
-        )
+def row_lines(before: Rows, after: Rows) -> list[str]:
+    """`study variant: metric` of the rows that have a unit."""
+    a, b = (
+        {" ".join(map(str, [row.study, *row.variant.values(), row.metric])): row for row in rows if row.unit}
+        for rows in (before, after)
+    )
     lines = []
-    for plan, counts in after["work"].items():
-        for name, value in counts.items():
-            old = before["work"].get(plan, {}).get(name)
-            if old is None:
-                lines.append(f"{plan}: {name} is new ({value}): commit a new file")
-            elif value > old + SLACK:
-                lines.append(f"{plan}: {name} grew from {old} to {value}")
-    return lines
-
-
-def timing_lines(before: dict, after: dict) -> list[str]:
-    """`section variant objective: time ratio, memory ratio` of what both files measured."""
-    lines = []
-    for name in before["comparison"].keys() & after["comparison"].keys():
-        a, b = (
-            {(row["variant"], row["objective"]): row for row in file["comparison"][name]["rows"]}
-            for file in (before, after)
-        )
-        for key in a.keys() & b.keys():
-            times = [row[key]["ratio"] for row in (a, b)]
-            peaks = [statistics.median(row[key]["peak_mib"]) for row in (a, b)]
-            lines.append(
-                f"{name} {' '.join(key)}: time {times[0]:.2f} -> {times[1]:.2f} floors ({times[1] / times[0]:.2f}x), "
-                f"peak {peaks[0]:.0f} -> {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f}x)"
-            )
+    for key in a.keys() & b.keys():
+        old, new = middle(a[key].value), middle(b[key].value)
+        lines.append(f"{key}: {old:.4g} -> {new:.4g} {a[key].unit} ({new / old if old else 0:.2f}x)")
     return sorted(lines)
 
 
@@ -81,13 +50,12 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     args = parser.parse_args()
-    before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
-    for kind, compare in (("work", grown), ("comparison", timing_lines), ("stages", gpu_lines)):
-        if kind in before and kind in after:
-            lines = compare(before, after)
-            print("\n".join(lines) or ("nothing grew" if kind == "work" else "nothing that both measured"))
-            sys.exit(kind == "work" and bool(lines))
-    sys.exit("the files hold no results of the same kind: give two of benchmarks.work, benchmarks.run or gpu_suite")
+    files = [json.loads(path.read_text()) for path in (args.before, args.after)]
+    if all("stages" in file for file in files):
+        lines = gpu_lines(*files)
+    else:
+        lines = row_lines(load(args.before), load(args.after))
+    print("\n".join(lines) or "nothing that both measured")
 
 
 if __name__ == "__main__":

@@ -18,19 +18,9 @@ PACKAGES = ("torch", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
 
 def child(inputs: Path, variant: str, threads: int, calls: int, *options: str) -> dict:
     """Measure one variant with `benchmarks.measure` in a fresh process and return what it reports."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measure",
-        str(inputs),
-        "--variant",
-        variant,
-        "--calls",
-        str(calls),
-        *options,
-    ]
+    command = [sys.executable, "-m", "benchmarks.measure", str(inputs), "--variant", variant, "--calls", str(calls)]
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | limits, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, *options], cwd=ROOT, env=os.environ | limits, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring {variant} {' '.join(options)} ended with exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
