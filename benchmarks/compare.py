@@ -9,40 +9,34 @@ import json
 from pathlib import Path
 
 from benchmarks.gpu_suite.tables import timed_steps
-from benchmarks.rows import Rows, load, middle
+from benchmarks.rows import Rows, load, measured, middle
 
 
-def row_lines(before: Rows, after: Rows) -> list[str]:
-    """`study variant: metric` of the rows that have a unit."""
-    a, b = (
-        {" ".join(map(str, [row.study, *row.variant.values(), row.metric])): row for row in rows if row.unit}
-        for rows in (before, after)
-    )
-    lines = []
-    for key in a.keys() & b.keys():
-        old, new = middle(a[key].value), middle(b[key].value)
-        lines.append(f"{key}: {old:.4g} -> {new:.4g} {a[key].unit} ({new / old if old else 0:.2f}x)")
-    return sorted(lines)
+def read(path: Path) -> Rows:
+    """A file's rows; of the GPU suite's, those of whole steps."""
+    content = json.loads(path.read_text())
+    if "stages" not in content:
+        return load(path)
+    found = Rows()
+    for row in timed_steps(content):
+        peak = row["peak_bytes_above_gradients"]
+        metrics = {"time, ms": row["both_seconds"] * 1e3, "peak, MiB": peak and peak / 2**20}
+        variant = {key: row[key] for key in ("shape", "top_k", "masked", "name")}
+        found += measured("gpu", content["environment"], metrics, **variant)
+    return found
 
 
-def gpu_lines(before: dict, after: dict) -> list[str]:
-    """`shape, K, masked, name: time, peak` of what both files of the suite measured."""
-    a, b = (
-        {
-            (row["shape"], f"K={row['top_k']}", "half masked" if row["masked"] else "", row["name"]): row
-            for row in timed_steps(file)
-        }
-        for file in (before, after)
-    )  # fmt: skip
-    lines = []
-    for key in a.keys() & b.keys():
-        times = [row[key]["both_seconds"] * 1e3 for row in (a, b)]
-        line = f"{' '.join(filter(None, key))}: {times[0]:.2f} -> {times[1]:.2f} ms ({times[1] / times[0]:.2f}x)"
-        peaks = [row[key]["peak_bytes_above_gradients"] for row in (a, b)]
-        if None not in peaks:
-            line += f", peak {peaks[0] / 2**20:.0f} -> {peaks[1] / 2**20:.0f} MiB"
-        lines.append(line)
-    return sorted(lines)
+def lines(before: Rows, after: Rows) -> list[str]:
+    """Of what has a unit, since sizes and losses do not change."""
+    a, b = ({(row.study, str(row.variant), row.metric): row for row in rows if row.unit} for rows in (before, after))
+    found = []
+    for key in sorted(a.keys() & b.keys()):
+        old, new, unit = middle(a[key].value), middle(b[key].value), a[key].unit
+        ratio = f"{new / old:.2f}x" if old else "from nothing"
+        found.append(
+            f"{' '.join(map(str, a[key].variant.values()))} {key[2]}: {old:.4g} -> {new:.4g} {unit} ({ratio})"
+        )
+    return found
 
 
 def main() -> None:
@@ -50,12 +44,7 @@ def main() -> None:
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     args = parser.parse_args()
-    files = [json.loads(path.read_text()) for path in (args.before, args.after)]
-    if all("stages" in file for file in files):
-        lines = gpu_lines(*files)
-    else:
-        lines = row_lines(load(args.before), load(args.after))
-    print("\n".join(lines) or "nothing that both measured")
+    print("\n".join(lines(read(args.before), read(args.after))) or "nothing that both measured")
 
 
 if __name__ == "__main__":

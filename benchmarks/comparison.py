@@ -4,10 +4,11 @@ from typing import Any
 
 from benchmarks import style
 from benchmarks.cases import CASES, TOP_K
-from benchmarks.rows import NOTHING, Cell, Rows, caption, machines, markdown, middle, show, table
+from benchmarks.rows import NOTHING, Cell, Rows, caption, machines, middle, of, show, table
 from benchmarks.run import STUDY, TOKENS
 from benchmarks.variants import VARIANTS
 
+PROBLEM = ("tokens", "head", "dtype", "floor")
 LOSSES = {"dpo": "DPO", "dpo+kl": "DPO + KL", "ce": "CE"}
 
 
@@ -108,20 +109,23 @@ def softmax(rows: Rows) -> str:
 
 def lengths(rows: Rows) -> str:
     """Time and memory over the number of tokens."""
-    longer = [section for section in rows.where(STUDY).groups("tokens") if section[0].variant["tokens"] != TOKENS]
-    longer.sort(key=lambda section: section[0].variant["tokens"])
-    lines = []
-    for section in longer:
-        valid, gradients = (section.get(metric, plan=None) for metric in ("valid_tokens", "gradients"))
-        for line in section.groups("plan", "loss"):
-            v = line[0].variant
-            head = [CASES[v["head"]].split(",")[0], v["dtype"], label(line), LOSSES[v["loss"]], f"{v['tokens']:,}"]
-            peak = f"{middle(line.get('peak')) - gradients:,.0f}"
-            lines.append([*head, f"{valid:,}", f"{line.get('ratio'):.2f}", peak])
-    header = ["head", "dtype", "variant", "loss", "tokens", "answer tokens", "time / floor", "MiB beside gradients"]
-    command = "run --tokens N --only recompute --out benchmarks/results/cpu.json"
-    measured = Rows(row for section in longer for row in section)
-    return f"{markdown(header, lines)}\n\n{caption(measured, command)}"
+    rows = Rows(row for row in rows.where(STUDY) if row.variant["tokens"] != TOKENS)
+
+    def whole(line: Rows, metric: str) -> float:
+        """Of all variants of a line's problem."""
+        return rows.get(metric, plan=None, **{key: line[0].variant[key] for key in PROBLEM})
+
+    columns: list[tuple[str, Cell]] = [
+        ("variant", label),
+        ("head", measured_in),
+        ("loss", lambda line: LOSSES[line[0].variant["loss"]]),
+        ("tokens", of("tokens", ",")),
+        ("answer tokens", lambda line: f"{whole(line, 'valid_tokens'):,}"),
+        ("time / floor", show("ratio", ".2f")),
+        ("MiB beside gradients", lambda line: f"{middle(line.get('peak')) - whole(line, 'gradients'):,.0f}"),
+    ]
+    source = caption(rows, "run --tokens N --only recompute --out benchmarks/results/cpu.json")
+    return f"{table(rows, ['plan', 'loss', 'tokens', 'head', 'dtype', 'floor'], columns)}\n\n{source}"
 
 
 def draw(rows: Rows) -> Any:

@@ -1,5 +1,6 @@
 """A fresh process for every measurement, and the record of what it ran on."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -24,6 +25,14 @@ def child(inputs: Path, variant: str, threads: int, calls: int, *options: str) -
     if done.returncode:
         raise RuntimeError(f"measuring {variant} {' '.join(options)} ended with exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every program that measures takes: `--out` and `--threads`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of rows to write or to update")
+    return parser
 
 
 def environment(threads: int) -> dict:

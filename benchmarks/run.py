@@ -16,20 +16,17 @@ against float64, relative but for the loss. `rate` counts only the products that
 or two for a frozen head.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import rows
 from benchmarks.cases import CASES, DTYPES, Inputs, make_inputs, peakedness, save_inputs
 from benchmarks.floor import floor_dtype
 from benchmarks.oracle import save_gradients
-from benchmarks.process import child, environment, log
+from benchmarks.process import arguments, child, environment, log
 from benchmarks.variants import VARIANTS, find_variant
 
 STUDY, TOKENS = "comparison", 2_048
@@ -101,15 +98,13 @@ def describe(inputs: Inputs) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--repeats", type=int, default=3, help="rounds over all variants (default 3)")
     parser.add_argument("--calls", type=int, default=2, help="timed calls per process (default 2)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in four sequences, half masked")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or to update")
     args = parser.parse_args()
     for case in args.case:
         for dtype in args.dtype:

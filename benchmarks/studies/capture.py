@@ -14,7 +14,6 @@ Three parts (k = 64), of which `--part` chooses:
             (`step_in_memory`); `read` is to read, check and collate a batch in one process. Medians
 """
 
-import argparse
 import itertools
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from benchmarks.cases import DTYPES
 from benchmarks.cases import TOP_K as K
 from benchmarks.floor import products, timed
 from benchmarks.measure import reset_high_water_mark, resident_mib
-from benchmarks.process import environment
+from benchmarks.process import arguments, environment
 from benchmarks.rows import Cell, Rows, caption, measured, of, save, show, table
 from dadpo_kernels import linear_topk_logps, topk_divergence
 from dadpo_kernels.cache.dataset import PairCollator, PairDataset
@@ -230,16 +229,16 @@ TABLES = {"capture": capture}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", required=True, type=Path, help="JSON file; its other parts stay")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048], help="for head")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for head")
     parser.add_argument("--pairs", type=int, default=16, help="for cache and reader: how many are captured")
     parser.add_argument("--batch", type=int, default=2, help="for reader: pairs a step")
     parser.add_argument("--workers", type=int, default=2, help="for reader: processes of the data loader")
     args = parser.parse_args()
-    here = environment(torch.get_num_threads())
+    torch.set_num_threads(args.threads)
+    here = environment(args.threads)
     if "head" in args.part:
         save(args.out, head(args.tokens, args.dtype, here))
     if "cache" in args.part:

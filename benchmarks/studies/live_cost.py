@@ -7,9 +7,7 @@ are plans, the live ones with chunk and tolerance. Errors are relative, against 
 forward and backward, the least of some calls: what else runs on the machine counts little.
 """
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, Inputs, make_inputs
 from benchmarks.oracle import relative_error
-from benchmarks.process import environment
+from benchmarks.process import arguments, environment
 from benchmarks.rows import Cell, Rows, caption, measured, save, show, table
 from benchmarks.run import TOKENS
 from benchmarks.style import LIMIT, OURS, RIVAL, figure
@@ -137,11 +135,9 @@ PLOTS = {"docs/live_cost.png": draw}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--calls", type=int, default=3, help="timed calls of each setting")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     save(args.out, study(make_inputs("smollm2", DTYPES[args.dtype], TOKENS), args.calls, args.threads))

@@ -15,7 +15,6 @@ how much a difference would mean. Everything that is evaluated is evaluated exac
 A variant is the task and the plan, `exact` or `live TOLERANCE`; a value has one for each seed, `loss` each step of it.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.process import environment
+from benchmarks.process import arguments, environment
 from benchmarks.rows import NOTHING, Rows, caption, markdown, measured, save
 from dadpo_kernels import linear_selected_logps, live_diagnostics
 from dadpo_kernels.cache.dataset import PairDataset
@@ -180,12 +179,12 @@ TABLES = {"live-training": live_training}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80, help="of cross_entropy")
     parser.add_argument("--epochs", type=int, default=1, help="of distill")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
 
     texts = answers("train")
     tokenizer = make_tokenizer(texts)
@@ -199,7 +198,7 @@ def main() -> None:
             model, run = cross_entropy(len(tokenizer), train, heldout, seed, args.steps, tolerance)
             runs[name(tolerance)].append(run)
             teacher = teacher or model
-    here = environment(torch.get_num_threads())
+    here = environment(args.threads)
     found = collect("cross_entropy", runs, here)
 
     runs = {name(t): [] for t in TOLERANCES}

@@ -8,7 +8,6 @@ operating system has yet to give, as in every training step; the whole step; and
 processor's rate of multiply-adds. Rows have the plan and the part in their variants, and a value for each round.
 """
 
-import argparse
 import ctypes
 import os
 import statistics
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, Inputs, make_inputs
 from benchmarks.floor import arranged, measure_floor, timed
-from benchmarks.process import environment, log
+from benchmarks.process import arguments, environment, log
 from benchmarks.rows import NOTHING, Rows, caption, markdown, measured, save
 from benchmarks.run import TOKENS
 from benchmarks.variants import RETAIN_EVERYTHING, ours
@@ -154,10 +153,8 @@ TABLES = {"phases": phases}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     save(args.out, study(make_inputs("smollm2", DTYPES["float32"], TOKENS), args.rounds, args.threads))

@@ -9,7 +9,6 @@ variant is the sweep, its `Shape` and the plan. What does not vary in a sweep is
 says of its plans beforehand.
 """
 
-import argparse
 import math
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks import style
 from benchmarks.cases import TOP_K, peaked_head, save_inputs, with_teacher
-from benchmarks.process import child, environment, log
+from benchmarks.process import arguments, child, environment, log
 from benchmarks.rows import NOTHING, Cell, Rows, caption, markdown, measured, of, save, show, table
 from benchmarks.variants import Variant, find_variant
 from dadpo_kernels.ops.backends.registry import resolve
@@ -294,10 +293,8 @@ PLOTS = {"benchmarks/results/scaling.png": draw_sizes, "benchmarks/results/optio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="default: all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or to update")
     args = parser.parse_args()
     for sweep in args.sweep:
         for found in points(sweep, args.threads):

@@ -70,7 +70,7 @@ def test_two_files_are_compared(some, tmp_path, monkeypatch, capsys):
     rows.save(tmp_path / "b.json", measured("a", HERE, {"time, s": 5.0, "tokens": 4}, plan="y"))
     monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     compare.main()
-    assert capsys.readouterr().out == "a y time: 5 -> 5 s (1.00x)\n"
+    assert capsys.readouterr().out == "y time: 5 -> 5 s (1.00x)\n"
 
 
 def in_process(inputs, variant, threads, calls, *options):

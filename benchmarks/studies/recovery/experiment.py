@@ -97,9 +97,9 @@ def best(results: Iterable[dict[str, Any]]) -> Point:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.recovery", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="directory, kept for resuming")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     stage = Stage.of(args.work, args.setting)
     prepare(stage)
