@@ -4,7 +4,7 @@ A row says one thing, `{study, variant, metric, value, unit, environment}`:
 
 - `variant`: what was varied, by name, such as `{"plan": "retain", "dtype": "float32"}`. A row without the plan is
   about all plans at once, such as the size of their problem;
-- `value`: a number, or the list of its repeats (of those of each process, if there were several);
+- `value`: a number, or the list of its repeats (of those of each process, if there were several); seldom a word;
 - `environment`: the machine, versions, commit and date (`benchmarks.process.environment`). A file lists each once, and
   its rows say which in that list.
 

@@ -63,7 +63,7 @@ def compare(inputs: Inputs, only: list[str], repeats: int, calls: int, threads: 
     floors = [seconds for results in measured.values() for result in results for seconds in result["floor_seconds"]]
     add(describe(inputs) | {"floor, s": statistics.median(floors)})
     for product, best in floor.items():
-        add({"floor, s": best["seconds"]}, product=product, arrangement=best["arrangement"])
+        add({"floor, s": best["seconds"], "arrangement": best["arrangement"]}, product=product)
     for (name, objective), results in measured.items():
         add(metrics(name, inputs, results), plan=name, loss=objective)
     return found

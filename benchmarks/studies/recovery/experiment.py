@@ -119,6 +119,7 @@ def main() -> None:
     found = made(STUDY, here, {"setting": args.setting, **vars(stage.setting)})
     for part, results in (("tuning", tuning), ("final", runs)):
         found += rows_of(part, results, here)
+    args.out.unlink(missing_ok=True)  # another run may have chosen other points
     save(args.out, found)
 
 
