@@ -31,13 +31,15 @@ if TYPE_CHECKING:
     from .models.packing import unpack as unpack
     from .models.patch import SelectedLogpsOutput as SelectedLogpsOutput
     from .models.patch import patch as patch
+    from .ops.head import Head as Head
     from .ops.live.diagnostics import LiveDiagnostics as LiveDiagnostics
     from .ops.live.diagnostics import live_diagnostics as live_diagnostics
     from .ops.memory import MemoryEstimate as MemoryEstimate
     from .ops.memory import estimate_memory as estimate_memory
+    from .ops.run import Run as Run
+    from .ops.run import plan_for as plan_for
     from .ops.selected_logps import SelectedLogps as SelectedLogps
     from .ops.selected_logps import linear_selected_logps as linear_selected_logps
-    from .ops.selected_logps import plan_for as plan_for
     from .ops.token_statistics import TokenStatistics as TokenStatistics
     from .ops.token_statistics import linear_token_statistics as linear_token_statistics
     from .ops.topk_logps import TopkLogps as TopkLogps
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from .ops.vocab_parallel import vocab_parallel_selected_logps as vocab_parallel_selected_logps
     from .train.config import DaDPOConfig as DaDPOConfig
     from .train.trainer import DaDPOTrainer as DaDPOTrainer
+    from .train.trl.trainer import TRLDaDPOConfig as TRLDaDPOConfig
+    from .train.trl.trainer import TRLDaDPOTrainer as TRLDaDPOTrainer
 
 _MODULES = {
     "cache.dataset": ("PairCollator", "PairDataset"),
@@ -59,14 +63,17 @@ _MODULES = {
     "models.lm_head": ("hidden_states", "lm_head"),
     "models.packing": ("unpack",),
     "models.patch": ("SelectedLogpsOutput", "patch"),
+    "ops.head": ("Head",),
     "ops.live.diagnostics": ("LiveDiagnostics", "live_diagnostics"),
     "ops.memory": ("MemoryEstimate", "estimate_memory"),
-    "ops.selected_logps": ("SelectedLogps", "linear_selected_logps", "plan_for"),
+    "ops.run": ("Run", "plan_for"),
+    "ops.selected_logps": ("SelectedLogps", "linear_selected_logps"),
     "ops.token_statistics": ("TokenStatistics", "linear_token_statistics"),
     "ops.topk_logps": ("TopkLogps", "linear_topk_logps"),
     "ops.vocab_parallel": ("vocab_parallel_selected_logps",),
     "train.config": ("DaDPOConfig",),
     "train.trainer": ("DaDPOTrainer",),
+    "train.trl.trainer": ("TRLDaDPOConfig", "TRLDaDPOTrainer"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

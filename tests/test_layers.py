@@ -34,7 +34,9 @@ def test_no_import_goes_up(number):
 
 def test_layers_are_the_whole_package():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LAYERS)
-    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "integrations.py"}
+    with pytest.raises(ImportError, match="From dadpo_kernels itself import patch, TRLDaDPOConfig"):
+        importlib.import_module("dadpo_kernels.integrations.trl")
 
 
 def test_public_names():

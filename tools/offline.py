@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, RetainedTile, State, Tiles
+from dadpo_kernels.ops.head import Head
 
 
 class OfflineDriver:
@@ -74,17 +75,17 @@ def passes(tiles: Tiles, top_k: int) -> None:
     """Every pass of a backend over one tile: statistics, retained or not, both gradients, and the best `top_k`."""
     rows, entries = tiles.entries.ids.shape
     columns = len(tiles.head.weight)
-    padded, groups = tiles.kept_shape(rows, columns)
+    padded, groups = tiles.retained_shape(rows, columns)
     hidden, state = tiles.hidden, State.new(rows, entries, tiles.hidden)
     wide = {"dtype": torch.float32}
-    kept = Kept(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, **wide))
+    kept = RetainedTile(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, **wide))
     coefficients = Coefficients(state.max, state.max, state.selected)
     grads = Grads(
         hidden.new_zeros(hidden.shape, **wide), torch.zeros_like(tiles.head.weight), hidden.new_zeros(columns, **wide)
     )
     for stored in (None, kept):
-        tiles.statistics(0, columns, state, stored)
-        tiles.gradient(0, columns, coefficients, grads, stored)
+        tiles.forward(0, columns, state, stored)
+        tiles.backward(0, columns, coefficients, grads, stored)
     if top_k:
         slots = hidden.new_zeros(rows, 2 * top_k + 1, **wide)
         tiles.topk(0, columns, state, Best(slots, slots.to(torch.int32), slots[:, 0].to(torch.int32), top_k))

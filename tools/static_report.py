@@ -34,7 +34,7 @@ import triton
 from benchmarks.rows import markdown
 from dadpo_kernels.ops.backends import cuda, triton_
 from dadpo_kernels.ops.backends import tuning as triton_tuning
-from dadpo_kernels.ops.backends.base import Coefficients, Kept, State, Tiles
+from dadpo_kernels.ops.backends.base import Coefficients, RetainedTile, State, Tiles
 from tools import offline
 from tools.machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
 
@@ -99,9 +99,9 @@ def one_pass(tiles: Tiles, name: str) -> None:
         assert isinstance(tiles, triton_.FusedTiles)
         tiles.logit_gradient(0, columns, Coefficients(state.max, state.max, state.selected))
         return
-    padded, groups = tiles.kept_shape(ROWS, columns)
+    padded, groups = tiles.retained_shape(ROWS, columns)
     exps, bases = tiles.hidden.new_zeros(ROWS, padded), tiles.hidden.new_zeros(ROWS, groups, dtype=torch.float32)
-    tiles.statistics(0, columns, state, Kept(exps, bases) if name == "retain" else None)
+    tiles.forward(0, columns, state, RetainedTile(exps, bases) if name == "retain" else None)
 
 
 def label(dtype: torch.dtype) -> str:

@@ -15,10 +15,11 @@ from benchmarks.gpu_suite.task import Task
 from benchmarks.gpu_suite.timing import Unavailable, copy_bandwidth, seconds
 from dadpo_kernels.ops.backends import triton_
 from dadpo_kernels.ops.backends import tuning as triton_tuning
-from dadpo_kernels.ops.backends.base import Coefficients, Entries, Head, Kept, State
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, RetainedTile, State
 from dadpo_kernels.ops.backends.gpu_base import accumulate, rounded_mm
 from dadpo_kernels.ops.backends.registry import BACKENDS
 from dadpo_kernels.ops.backends.torch_ import wide_mm
+from dadpo_kernels.ops.head import Head
 
 SQUARE, COPIED = 8192, 2**30  # sides of the product and bytes of the copy that measure the ceilings
 TILES = (16_384, 8192, 2560)  # columns: of one row pass, of `triton`'s tiles, and of `cuda`'s at 8,192 tokens
@@ -158,14 +159,16 @@ def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Ten
     """By its name in `triton_tuning`: a pass over the first tile, as it is called, and what it computes."""
     rows, entries = tiles.entries.ids.shape
     columns = first_tile(tiles)
-    padded, groups = tiles.kept_shape(rows, columns)
-    kept = Kept(tiles.hidden.new_zeros(rows, padded), tiles.hidden.new_zeros(rows, groups, dtype=torch.float32))
+    padded, groups = tiles.retained_shape(rows, columns)
+    kept = RetainedTile(
+        tiles.hidden.new_zeros(rows, padded), tiles.hidden.new_zeros(rows, groups, dtype=torch.float32)
+    )
     ones = torch.ones(rows, device=tiles.hidden.device)
     coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))
 
-    def statistics(store: Kept | None) -> tuple[Tensor, ...]:
+    def statistics(store: RetainedTile | None) -> tuple[Tensor, ...]:
         state = State.new(rows, entries, tiles.hidden)
-        tiles.statistics(0, columns, state, store)
+        tiles.forward(0, columns, state, store)
         return state.max, state.sum, state.selected
 
     return {

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_suite.timing import seconds
-from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Head, Kept, State
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, RetainedTile, State
 from dadpo_kernels.ops.backends.gpu_base import RowTiles
 from dadpo_kernels.ops.backends.registry import BACKENDS
+from dadpo_kernels.ops.head import Head
 
 CALLS = 10  # in a graph
 PASSES = ("statistics", "statistics, retaining", "logit_gradient", "column_sums", "topk")
@@ -47,16 +48,16 @@ def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[]
     hidden, (rows, entries) = tiles.hidden, tiles.entries.ids.shape
     ones = torch.ones(rows, device=hidden.device)
     coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))
-    padded, groups = tiles.kept_shape(rows, columns)
+    padded, groups = tiles.retained_shape(rows, columns)
     wide, narrow = 4 * rows * columns, hidden.element_size() * rows * columns
 
     def statistics(retain: bool = False) -> Pass:
         state, kept = State.new(rows, entries, hidden), None
         if retain:
-            kept = Kept(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, dtype=torch.float32))
+            kept = RetainedTile(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, dtype=torch.float32))
 
         def run() -> tuple[Tensor, ...]:
-            tiles.statistics(0, columns, state, kept)
+            tiles.forward(0, columns, state, kept)
             return state.max, state.sum, state.selected, *([kept.exps[:, :columns]] if kept else [])
 
         return run

@@ -51,7 +51,7 @@ def study(inputs: Inputs, calls: int, threads: int) -> Rows:
         found += measured(STUDY, here, {"time, s": seconds(inputs, budget, None, calls)}, plan=plan)
     grid = [(c, CHOSEN_LIMIT) for c in CHUNKS] + [(CHOSEN_CHUNK, t) for t in LIMITS if t != CHOSEN_LIMIT]
     for chunk, tolerance in sorted(grid):
-        with mock.patch("dadpo_kernels.ops.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
+        with mock.patch("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
             with live_diagnostics() as done:
                 got = gradients(inputs, None, tolerance)
             metrics = {"time, s": seconds(inputs, None, tolerance, calls)}

@@ -28,9 +28,10 @@ from benchmarks.process import arguments, environment, log
 from benchmarks.rows import NOTHING, Rows, caption, markdown, measured, save
 from benchmarks.run import TOKENS
 from benchmarks.variants import RETAIN_EVERYTHING, ours
-from dadpo_kernels.ops.backends.base import Coefficients, Entries, Grads, Head, run_gradient, run_statistics
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, Grads, run_backward, run_forward
 from dadpo_kernels.ops.backends.cpu import CpuTiles
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.head import Head
+from dadpo_kernels.ops.run import plan_for
 
 STUDY = "phases"
 BUDGETS = {"recompute": 0, "retain": RETAIN_EVERYTHING}
@@ -84,16 +85,16 @@ def runs(inputs: Inputs, budget: int) -> dict[str, Callable[[], Any]]:
 
     def fresh() -> None:
         retained, new = memory()
-        run_statistics(tiles, plan, retained)
-        run_gradient(tiles, plan, retained, coefficients, new)
+        run_forward(tiles, plan, retained)
+        run_backward(tiles, plan, retained, coefficients, new)
 
     def step() -> None:
         leaves = {"hidden": inputs.hidden.detach().requires_grad_(), "weight": weight.detach().requires_grad_()}
         ours(budget)(inputs._replace(**leaves), "dpo+kl").backward()
 
     return {
-        "forward": lambda: run_statistics(tiles, plan, known),
-        "backward": lambda: run_gradient(tiles, plan, known, coefficients, grads),
+        "forward": lambda: run_forward(tiles, plan, known),
+        "backward": lambda: run_backward(tiles, plan, known, coefficients, grads),
         "fresh": fresh,
         "step": step,
     }

@@ -45,12 +45,12 @@ def measure(variant: str, steps: int, pairs: int, model_dir: Path) -> dict[str, 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
+    from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 
     trainer, options = VARIANTS[variant]
     options = dict(options)
     peft = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if options.pop("lora", False) else None
-    config, make = (DaDPOConfig, DaDPOTrainer) if trainer == "ours" else (DPOConfig, DPOTrainer)
+    config, make = (TRLDaDPOConfig, TRLDaDPOTrainer) if trainer == "ours" else (DPOConfig, DPOTrainer)
     records = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda r: -len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]))
     row: dict[str, Any] = {"pairs": pairs, **{name: [] for name in MEASURED}}

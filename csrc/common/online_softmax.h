@@ -1,6 +1,7 @@
-// The online softmax state (running maximum, sum of exponentials below it) and its merge.
+// Online softmax state (running maximum and sum of exponentials relative to it) and its merge.
 //
-// Milakov & Gimelshein, arXiv 1805.02867. Kept free of any library so that every kernel shares it.
+// Milakov & Gimelshein, arXiv 1805.02867. Shared by the CPU and CUDA kernels, so it depends on the C++ standard library
+// only.
 #pragma once
 
 #include <cmath>
@@ -13,7 +14,7 @@
 
 namespace dadpo {
 
-// exp(x - reference(max)) never forms inf - inf: a row that has seen only -inf is measured from 0.
+// The value subtracted before exp(): the maximum, or 0 for a row of -inf only, which avoids inf - inf.
 DADPO_HD float reference(float max) { return max == -INFINITY ? 0.0f : max; }
 
 template <typename Sum>
@@ -21,8 +22,7 @@ struct OnlineSoftmax {
     float max = -INFINITY;
     Sum sum = 0;
 
-    // Adds columns whose maximum is `other_max` and whose exponentials, taken from `reference(other_max)`, sum to
-    // `other_sum`.
+    // Adds columns whose maximum is `other_max` and whose exp(x - reference(other_max)) sum to `other_sum`.
     DADPO_HD void merge(float other_max, float other_sum) {
         const float merged = other_max > max ? other_max : max;
         sum = sum * static_cast<Sum>(expf(max - reference(merged))) +

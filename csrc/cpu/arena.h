@@ -1,4 +1,4 @@
-// Carves aligned pieces from the caller's workspace; with a null base it only counts.
+// Hands out 64-byte aligned pieces of the caller's workspace. With a null base it only measures the size.
 #pragma once
 
 namespace dadpo {
@@ -8,7 +8,7 @@ class Arena {
 public:
     explicit Arena(char* base) : base_(base) {}
     template <typename U>
-    U* take(long count) {
+    U* take(long count) {  // elements
         U* piece = reinterpret_cast<U*>(base_ + used_);
         used_ += (count * static_cast<long>(sizeof(U)) + 63) / 64 * 64;
         return piece;
@@ -17,7 +17,7 @@ public:
 
 private:
     char* base_;
-    long used_ = 0;
+    long used_ = 0;  // bytes
 };
 
 }  // namespace

@@ -1,12 +1,14 @@
-// A packed matrix product for float32 and bfloat16 operands with float32 results.
+// Packed GEMM for float32 and bfloat16 operands with float32 results.
 //
-// ATen's bfloat16 product rounds its result to bfloat16, which costs the loss about 1.6 nats a sequence; this one never
-// rounds a logit. Where the processor multiplies bfloat16, that is the operands' type U too; elsewhere they are widened
-// to float32 while they are packed. A "unit" is 4 bytes along the inner dimension: one float, or a pair of bfloat16, so
-// both types share every loop and differ only in `Dot`. Layouts:
-//   A  units reached as a[i * row_stride + k * k_stride]
+// ATen's bfloat16 product rounds its result to bfloat16, which costs the loss about 1.6 nats per sequence; this one
+// keeps float32. Matrices of type T are read as operands of type U: bfloat16 stays bfloat16 if the processor has
+// bfloat16 dot products, otherwise packing widens it to float32. A "unit" is 4 bytes along the inner dimension (one
+// float or a pair of bfloat16), so both types share all loops and differ only in `Dot`. Depths and strides are in
+// units. Layouts:
+//   A  unit (i, k) at a[i * row_stride + k * k_stride]
 //   B  panels of kPanel columns: b[panel][k][kPanel] units
-// BLIS-style register tile of kRows x kPanel accumulators (Van Zee & van de Geijn, doi 10.1145/2764454).
+//   C  row-major float32, row stride ldc
+// BLIS-style register blocks of kRows x kPanel accumulators (Van Zee & van de Geijn, doi 10.1145/2764454).
 #pragma once
 
 #include <algorithm>
@@ -19,11 +21,12 @@
 namespace dadpo {
 namespace {
 
-constexpr int kRows = 6;
-constexpr int kPanel = kRowVectors * kLanes;
+constexpr int kRows = 6;  // of A per register block
+constexpr int kPanel = kRowVectors * kLanes;  // columns per register block
 inline long panels_of(long columns) { return (columns + kPanel - 1) / kPanel; }
 constexpr long kLine = 16;  // units in a cache line
-// Units of the inner dimension per sweep, at most: C is read and written once a sweep, and a panel's sweep must stay near.
+// Maximum units of the inner dimension per sweep. Longer sweeps read and write C less often, but one sweep of a panel
+// must stay in cache.
 constexpr long kInner = kLanes == 16 ? 256 : 512;
 
 // The type in which a product reads matrices of T.
@@ -46,6 +49,7 @@ struct Units {
     static long count(long elements) { return (elements + per - 1) / per; }
 };
 
+// acc + the dot products of unit `a`, broadcast, with the units `b` [kLanes].
 template <typename U>
 struct Dot;
 template <>
@@ -65,8 +69,8 @@ struct Dot<uint16_t> {
 };
 #endif
 
-// Sums start at zero and are added to C at the end: tens of thousands of softmax terms, each below half a unit in the
-// last place of C, would otherwise all be lost.
+// Register block: c [R, kPanel] (+)= A [R, depth] times one B panel. Sums start at zero and are added to C at the end:
+// tens of thousands of softmax terms, each below half an ulp of C, would be lost if they were added one by one.
 template <typename U, int R>
 inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint32_t* b, long depth, float* c, long ldc,
                   bool accumulate) {
@@ -90,16 +94,16 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
         }
 }
 
-// Units of a sweep: all of a product's are equal, but for the last.
+// Units per sweep: `depth` in equal sweeps of at most kInner; the last may be shorter.
 inline long sweep_of(long depth) {
     const long sweeps = std::max(1L, (depth + kInner - 1) / kInner);
     return (depth + sweeps - 1) / sweeps;
 }
 
-// Fetches memory into L2 in slices of whole cache lines, one with each of `steps` steps of a product.
+// Prefetches memory into L2, spread evenly over `steps` register blocks of a product.
 struct Prefetch {
     const uint32_t* at;
-    long units, slice;
+    long units, slice;  // units left; units per step, in whole cache lines
 
     Prefetch(const uint32_t* begin, long units, long steps)
         : at(begin), units(units), slice((units / std::max(1L, steps) / kLine + 1) * kLine) {}
@@ -111,8 +115,9 @@ struct Prefetch {
     }
 };
 
-// C [rows, panels * kPanel] (+)= A [rows, depth units] B. `block_stride` is the step of A between blocks of kRows rows.
-// While a panel meets the blocks of A, the next one is fetched, and meanwhile `ahead`: what the caller needs next.
+// C [rows, panels * kPanel] (+)= A [rows, depth] B [depth, panels * kPanel]. `block_stride` is the distance in A
+// between blocks of kRows rows; B panels are `b_depth` units deep. While a panel is multiplied, the next panel is
+// prefetched, and so is a part of `ahead` [ahead_units], the memory the caller reads next.
 template <typename U>
 inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_stride, const uint32_t* b, long b_depth,
                  long depth, long rows, long panels, float* c, long ldc, bool accumulate,
@@ -143,28 +148,28 @@ inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_s
     }
 }
 
-// Elements as operands.
+// An element of type T as operand type U.
 template <typename U, typename T>
 inline U as_operand(T x) {
     if constexpr (std::is_same_v<U, T>) return x;
     else return to_float(x);
 }
 
-// A vector of units whose elements lie side by side.
+// kLanes units whose elements are contiguous in memory.
 template <typename U, typename T>
 inline vu row_units(const T* p) {
     if constexpr (std::is_same_v<U, T>) return load<vu>(p);
     else return widen(p) << 16;
 }
 
-// A vector of units whose elements lie one row of `ld` apart.
+// kLanes units of adjacent columns; the elements of a unit are `ld` elements apart.
 template <typename U, typename T>
 inline vu column_units(const T* row, [[maybe_unused]] long ld) {
     if constexpr (Units<U>::per == 1) return row_units<U>(row);
     else return widen(row) | (widen(row + ld) << 16);
 }
 
-// One unit of up to `Units<U>::per` elements that lie `stride` apart; missing ones are zero.
+// One unit from up to `available` elements that are `stride` elements apart; missing ones are zero.
 template <typename U, typename T>
 inline uint32_t unit(const T* p, long stride, long available) {
     U parts[Units<U>::per] = {};
@@ -174,7 +179,8 @@ inline uint32_t unit(const T* p, long stride, long available) {
     return u;
 }
 
-// A, from rows of a matrix: float32 in place; bfloat16 is copied to `space`, in whole units.
+// A from `rows` rows of a matrix with row stride `ld`. float32 is used in place; bfloat16 is copied to `space`, each
+// row padded with zeros to whole units.
 inline const float* operand_rows(const float* source, long, long, long, float*) { return source; }
 template <typename U>
 inline const U* operand_rows(const uint16_t* source, long ld, long rows, long width, U* space) {
@@ -187,7 +193,8 @@ inline const U* operand_rows(const uint16_t* source, long ld, long rows, long wi
     return space;
 }
 
-// Swaps the off-diagonal blocks of width W in each square of 2 W: for W = 1, 2, 4, ... that transposes (Eklundh).
+// In-register transpose of kLanes x kLanes units (Eklundh): swaps the off-diagonal W x W blocks of each 2W x 2W block,
+// for W = 1, 2, 4, ...
 template <int W, int... L>
 inline void swap_blocks(vu* rows, std::integer_sequence<int, L...>) {
     for (int i = 0; i < kLanes; i++) {
@@ -204,13 +211,15 @@ inline void swap_blocks(vu* rows, std::integer_sequence<int, L...>) {
     if constexpr (2 * W < kLanes) swap_blocks<2 * W>(rows, std::integer_sequence<int, L...>{});
 }
 
-// B panel from a matrix whose rows are the columns of B (inner dimension contiguous): weight [V, H] for the logits.
+// One B panel [count(depth), kPanel] from a matrix whose rows are the columns of B (inner dimension contiguous), as
+// weight [V, H] for the logits. `ld` and `depth` are in elements; columns past `columns` are zero.
 template <typename U, typename T>
 inline void pack_panel_transposed(const T* source, long ld, long columns, long depth, uint32_t* panel) {
     constexpr int per = Units<U>::per;
     const long units = Units<U>::count(depth), whole = depth / per;
     for (long k = 0; k < units; k += kLanes)
         for (long j = 0; j < kPanel; j += kLanes) {
+            // Whole kLanes x kLanes blocks are transposed in registers; the edges are copied unit by unit.
             const T* corner = source + j * ld + k * per;
             if (j + kLanes <= columns && k + kLanes <= whole) {
                 vu rows[kLanes];
@@ -226,8 +235,8 @@ inline void pack_panel_transposed(const T* source, long ld, long columns, long d
         }
 }
 
-// B panel of `units` from a matrix laid out as B itself (columns contiguous): weight [V, H] or hidden [N, H] for the
-// gradients. Units past `depth` are zero.
+// One B panel [units, kPanel] from a matrix laid out as B (columns contiguous), as weight [V, H] or hidden [N, H] for
+// the gradients. `ld` and `depth` are in elements; units past `depth` and columns past `columns` are zero.
 template <typename U, typename T>
 inline void pack_panel(const T* source, long ld, long columns, long depth, long units, uint32_t* panel) {
     constexpr int per = Units<U>::per;
@@ -242,9 +251,9 @@ inline void pack_panel(const T* source, long ld, long columns, long depth, long 
     }
 }
 
-// Blocks of kRows rows from the transpose of a matrix (rows contiguous there): dz [N, columns] read as dz^T.
-// Result: blocks[i][k][kRows] units, so row_stride is 1 and k_stride is kRows. Row by row of the source, so that each of
-// its cache lines is read once. Up to kLanes elements past a row's `columns` are read and do not count.
+// A as the transpose of `source` [depth, columns] with row stride `ld`, such as dz: blocks[i][k][kRows] units, so
+// row_stride is 1 and k_stride is kRows. Iterates over source rows, so that each cache line is read once. Reads up to
+// kLanes elements past a row's `columns` and ignores them.
 template <typename U>
 inline void pack_blocks_transposed(const U* source, long ld, long columns, long depth, uint32_t* blocks) {
     constexpr int per = Units<U>::per;
@@ -255,8 +264,8 @@ inline void pack_blocks_transposed(const U* source, long ld, long columns, long 
             uint32_t* out = blocks + i * units + k * kRows;
             const bool whole = (k + 1) * per <= depth;
             if (whole) {
-                const vu units_here = column_units<U>(row, ld);
-                memcpy(out, &units_here, std::min<long>(kRows, kLanes) * 4);
+                const vu vector = column_units<U>(row, ld);
+                memcpy(out, &vector, std::min<long>(kRows, kLanes) * 4);
             }
             for (long j = whole ? kLanes : 0; j < kRows; j++) out[j] = unit<U>(row + j, ld, depth - k * per);
         }

@@ -1,7 +1,7 @@
-// The live plan's passes over a chunk of tokens, stored by column of the vocabulary: exps [columns, rows].
+// The live plan's passes over a chunk of tokens. Its exponentials are stored transposed: exps [columns, rows] float32.
 //
-// Columns are handled in groups of kGroup, whose block stays in the L2 cache. Sums over columns are made per group and
-// added up by the caller in double, so they do not depend on the number of threads.
+// Columns are handled in groups of kGroup, whose data stays in the L2 cache. Sums over columns are computed per group
+// and added by the caller in double, so they do not depend on the number of threads.
 #pragma once
 
 #include "rows.h"
@@ -12,10 +12,13 @@ namespace {
 
 inline long groups_of(long columns) { return (columns + kGroup - 1) / kGroup; }
 
-// One group of raw products of kLanes tokens, z [columns, ld] -> exp(logit - base) * slope, 0 at the tokens' entries, in
-// out [columns, rows]; also the logits of the entries, the base and the exponentials' sum.
-inline void live_lanes(const Tile& t, const Statistics& s, long row, long begin, long columns, float* z, long ld,
-                       float* out, float* base_out, float* sum_out) {
+// One group of columns for kLanes tokens: products -> exp(logit - base) * slope, 0 at the tokens' entries.
+inline void live_lanes(const Tile& t, const Statistics& s, long row,  // first token
+                       long begin, long columns,  // the group, relative to the tile
+                       float* z, long ld,  // [columns, kLanes] products, overwritten by logits; row stride ld
+                       float* out,  // [columns, count] written, row stride t.rows
+                       float* base_out, float* sum_out) {  // [count] written: base, and sum of exponentials
+    // Products to logits, in place.
     const long count = std::min<long>(kLanes, t.rows - row);
     const float* bias = t.bias ? t.bias + begin : nullptr;
     const float factor = t.scale * t.inv_temperature, in = t.softcap > 0 ? t.scale / t.softcap : 0;
@@ -25,6 +28,7 @@ inline void live_lanes(const Tile& t, const Statistics& s, long row, long begin,
             const vf x = load<vf>(z + j * ld) + (bias ? bias[j] : 0);
             store(z + j * ld, t.softcap > 0 ? vtanh(x * in) * cap : x * factor);
         }
+    // Store the entries' logits and mask the top-k ids out of the tail.
     const long first = t.first + begin;
     Hits hits[kLanes];
     for (long i = 0; i < count; i++) {
@@ -35,8 +39,9 @@ inline void live_lanes(const Tile& t, const Statistics& s, long row, long begin,
         for (long e = hits[i].begin; e < hits[i].end; e++)
             if (t.in_topk[(row + i) * t.entries + e]) z[(ids[e] - first) * ld + i] = -INFINITY;
     }
+    // Online softmax over the group, one token per lane.
     vf max = splat(-INFINITY);
-    for (long j = 0; j < columns; j++) max = vmax(load<vf>(z + j * ld), max);  // NaN stays
+    for (long j = 0; j < columns; j++) max = vmax(load<vf>(z + j * ld), max);  // skips NaN; the sum propagates it
     const vf base = max == -INFINITY ? vf{} : max;
     vf sum{};
     for (long j = 0; j < columns; j++) {
@@ -51,16 +56,19 @@ inline void live_lanes(const Tile& t, const Statistics& s, long row, long begin,
     store_some(sum_out, sum, count);
 }
 
-// A chunk's logits over the whole tile -> exps [columns, rows], each group's from its own base [groups, rows], -inf for a
-// group of nothing else. The weight is the broadcast operand, float32 read in place, and the few tokens are packed; a
-// group's products stay in the L2 cache until they are exponentials.
+// The chunk's exponentials over the whole tile. Each group and token has its own base: the group's maximum, -inf if the
+// group has no finite logit. The weight is A (float32 is read in place) and the few tokens are packed as B. A group's
+// products stay in the L2 cache until they are exponentials.
 template <typename T>
-void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* bases) {
+void live_exponentials(const Tile& t, const Statistics& s,
+                       float* exps,  // [columns, rows] written
+                       float* bases) {  // [groups, rows] written
     using U = OperandOf<T>;
     const long depth = Units<U>::count(t.width), groups = groups_of(t.columns), panels = panels_of(t.rows);
     constexpr bool in_place = std::is_same_v<T, float>;
-    const long stride = in_place ? t.hidden_stride : depth * Units<U>::per;
+    const long stride = in_place ? t.hidden_stride : depth * Units<U>::per;  // of hidden, in elements
     const long weight_stride = in_place ? t.weight_stride : depth;  // in units
+    // Pack the tokens once, for all threads.
     std::vector<U> hidden_space(in_place ? 0 : t.rows * stride);
     std::vector<uint32_t> packed(panels * depth * kPanel);
     std::vector<float> sums(groups * t.rows);
@@ -69,6 +77,7 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
         pack_panel_transposed<U>(hidden + p * kPanel * stride, stride, t.rows - p * kPanel, t.width,
                                  packed.data() + p * depth * kPanel);
     Team::run(t.threads, [&](Team& team, int rank) {
+        // Each rank computes its share of the groups.
         std::vector<U> weight_space(in_place ? 0 : kGroup * depth * Units<U>::per);
         std::vector<float> z(kGroup * panels * kPanel);
         const auto [begin, end] = team.share(rank, groups, 1);
@@ -79,7 +88,8 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
             for (long i = 0; i < columns; i += kBlock) {
                 const uint32_t* block = reinterpret_cast<const uint32_t*>(weight) + i * weight_stride;
                 const long count = std::min(kBlock, columns - i);
-                // Copies are near already, and rows that lie apart would be fetched with what lies between them.
+                // Prefetch the next block of the weight only where it is contiguous and in place: copies are in cache
+                // already, and with a larger row stride the gaps would be fetched too.
                 const long rest = in_place && weight_stride == depth ? std::min(t.columns, end * kGroup) : 0;
                 const long left = std::clamp(rest - g * kGroup - i - count, 0L, kBlock);
                 gemm<U>(block, kRows * weight_stride, weight_stride, 1, packed.data(), depth, depth, count, panels,
@@ -90,7 +100,7 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
                            bases + g * t.rows + row, sums.data() + g * t.rows + row);
         }
         team.barrier();
-        // Groups in ascending order for every token: the sum does not depend on the number of threads.
+        // Merge the groups' states per token, in ascending order, so that the sum does not depend on the thread count.
         const auto [first, last] = team.share(rank, t.rows, 16);
         for (long row = first; row < last; row += kLanes) {
             const long count = std::min<long>(kLanes, last - row);
@@ -99,8 +109,8 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
             const vf base = max == -INFINITY ? vf{} : max;
             double sum[kLanes] = {};
             for (long g = 0; g < groups; g++) {
-                const vf own = load_some(bases + g * t.rows + row, count);
-                const vf part = vexp(own - base) * load_some(sums.data() + g * t.rows + row, count);
+                const vf group_base = load_some(bases + g * t.rows + row, count);
+                const vf part = vexp(group_base - base) * load_some(sums.data() + g * t.rows + row, count);
                 for (long i = 0; i < count; i++) sum[i] += part[i];
             }
             store_some(s.max + row, max, count);
@@ -109,13 +119,17 @@ void live_exponentials(const Tile& t, const Statistics& s, float* exps, float* b
     });
 }
 
-// What brings each group's exps to the base `max`, in the place of its own base; with it, the sums of P = share * exps and
-// of P^2 over tokens per column, and of exps^2 per group and token. What is stored in `exps` stays as it is.
-inline void live_columns(const LiveChunk& c, float* factors, const float* max, const float* share, float* sums,
-                         float* energy, float* outside) {
+// Replaces each group's base by the factor that rescales its exps to the base `max`. Then sums P = share * factor *
+// exps and P^2 over tokens, and (factor * exps)^2 over the columns of a group. `exps` is not changed.
+inline void live_columns(const LiveChunk& c,
+                         float* factors,  // [groups, rows] bases on entry, factors exp(base - max) on return
+                         const float* max, const float* share,  // [rows]
+                         float* sums, float* energy,  // [columns] written: sums over tokens of P and of P^2
+                         float* outside) {  // [groups, rows] written: sums of (factor * exps)^2
     Team::run(c.threads, [&](Team& team, int rank) {
         const auto [begin, end] = team.share(rank, groups_of(c.columns), 1);
         for (long g = begin; g < end; g++) {
+            // Factors, and zeroed accumulators.
             float *squares = outside + g * c.rows, *factor = factors + g * c.rows;
             for (long i = 0; i < c.rows; i += kLanes) {
                 const long count = std::min<long>(kLanes, c.rows - i);
@@ -140,10 +154,11 @@ inline void live_columns(const LiveChunk& c, float* factors, const float* max, c
     });
 }
 
-// Over the dead columns of every group, per token: sums of exps (times factors [groups, rows]), of profile * exps and of
-// exps^2 [groups, 3, rows].
-inline void live_residuals(const LiveChunk& c, const float* factors, const uint8_t* dead, const float* profile,
-                           float* out) {
+// Sums over the dead columns of each group, per token, with e = factor * exps: of e, of profile * e and of e^2.
+inline void live_residuals(const LiveChunk& c,
+                           const float* factors,  // [groups, rows], from `live_columns`
+                           const uint8_t* dead, const float* profile,  // [columns] bool and float
+                           float* out) {  // [groups, 3, rows] written
     Team::run(c.threads, [&](Team& team, int rank) {
         const auto [begin, end] = team.share(rank, groups_of(c.columns), 1);
         for (long g = begin; g < end; g++) {

@@ -1,8 +1,8 @@
-// The live plan's backward for a chunk of tokens and the live columns of one tile: two products, whose rows of the weight
-// are gathered while they are packed and whose rows of the weight's gradient are scattered from the cache.
+// The live plan's backward for a chunk of tokens and the live columns of one tile. It runs two products: rows of the
+// weight are gathered while they are packed, and rows of the weight's gradient are scattered while they are in cache.
 //
-// hidden's gradient is split over threads by tokens, the weight's by columns: no two threads add to one number, and no
-// sum depends on their count.
+// The gradient of hidden is split over threads by tokens, that of the weight by columns. So no two threads add to the
+// same element, and sums do not depend on the number of threads.
 #pragma once
 
 #include <vector>
@@ -14,15 +14,17 @@
 namespace dadpo {
 namespace {
 
+// The workspace: packed operands that all threads share, and buffers per thread. Sizes are in the constructor.
 template <typename U>
 struct LiveSpace {
     struct Local {
-        uint32_t* dz;  // A of dz^T W: a block of tokens, a sweep of live columns
-        float* rows;  // of the weight's gradient
+        uint32_t* dz;  // A of dz^T W: [kBlock tokens, sweep] units
+        float* rows;  // [kBlock, padded width] of the weight's gradient
     };
     Arena arena;
-    uint32_t *hidden = nullptr, *weight = nullptr;  // B of dz hidden, and of dz^T W for a sweep of live columns
-    std::vector<Local> local;
+    uint32_t* hidden = nullptr;  // B of dz hidden: panels over the width, tokens deep
+    uint32_t* weight = nullptr;  // B of dz^T W: panels over the width, one sweep of live columns deep
+    std::vector<Local> local;  // [threads]
 
     LiveSpace(const LiveGradient& g, char* base) : arena(base) {
         const long wide = panels_of(g.width) * kPanel, sweep = sweep_of(Units<U>::count(g.columns));
@@ -42,25 +44,29 @@ long live_workspace_bytes(const LiveGradient& g) {
     return LiveSpace<OperandOf<T>>(g, nullptr).arena.used();
 }
 
-// grad_hidden [rows, width] += dz^T W
+// grad_hidden [rows, width] += dz^T W, one sweep of live columns after the other.
 template <typename T, typename U = OperandOf<T>>
-void live_hidden_gradient(const LiveGradient& g, Team& team, int rank, uint32_t* packed, uint32_t* block) {
+void live_hidden_gradient(const LiveGradient& g, Team& team, int rank,
+                          uint32_t* packed, uint32_t* block) {  // LiveSpace::weight and Local::dz
     constexpr int per = Units<U>::per;
     const T* weight = static_cast<const T*>(g.weight);
     const long panels = panels_of(g.width), stride = Units<U>::count(g.rows) * per;  // of dz, in elements
     const long units = Units<U>::count(g.columns), sweep = sweep_of(units);
     for (long k = 0; k < units; k += sweep) {
         const long part = std::min(sweep, units - k), first = k * per, columns = std::min(part * per, g.columns - first);
+        // All ranks gather and pack the sweep's live rows of the weight. A bfloat16 unit pairs two live columns, whose
+        // distance in the weight is the source's row stride.
         const auto [begin, end] = team.share(rank, part, 1);
         for (long j = begin; j < end; j++) {
             const int64_t* id = g.live + first + j * per;
-            const long here = std::min<long>(per, columns - j * per);
+            const long available = std::min<long>(per, columns - j * per);  // live columns in this unit
             const T* row = weight + id[0] * g.weight_stride;
-            const long ld = here > 1 ? (id[1] - id[0]) * g.weight_stride : 0;
+            const long ld = available > 1 ? (id[1] - id[0]) * g.weight_stride : 0;
             for (long p = 0; p < panels; p++)
-                pack_panel<U>(row + p * kPanel, ld, g.width - p * kPanel, here, 1, packed + (p * part + j) * kPanel);
+                pack_panel<U>(row + p * kPanel, ld, g.width - p * kPanel, available, 1, packed + (p * part + j) * kPanel);
         }
         team.barrier();
+        // Each rank multiplies its tokens, in blocks.
         const auto [top, bottom] = team.share(rank, g.rows, kRows);
         for (long row = top; row < bottom; row += kBlock) {
             const long count = std::min(kBlock, bottom - row);
@@ -68,11 +74,11 @@ void live_hidden_gradient(const LiveGradient& g, Team& team, int rank, uint32_t*
             gemm<U>(block, kRows * part, 1, kRows, packed, part, part, count, panels,
                     g.grad_hidden + row * g.grad_hidden_stride, g.grad_hidden_stride, true);
         }
-        team.barrier();  // before the next sweep is packed over this one
+        team.barrier();  // the next sweep overwrites `packed`
     }
 }
 
-// grad_weight [live columns begin to end, width] += dz hidden
+// grad_weight [live columns [begin, end), width] += dz hidden. Products go to `space` [kBlock, padded width] first.
 template <typename U>
 void live_weight_gradient(const LiveGradient& g, long begin, long end, const uint32_t* hidden, float* space) {
     const long depth = Units<U>::count(g.rows), panels = panels_of(g.width), wide = panels * kPanel;

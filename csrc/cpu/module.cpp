@@ -1,4 +1,4 @@
-// Python binding: addresses, sizes and strides in, nothing of PyTorch. Every check stands in the Python above.
+// Python binding. It takes addresses, sizes and strides and does not depend on PyTorch. Python validates all arguments.
 
 #include <pybind11/pybind11.h>
 
@@ -28,6 +28,7 @@ U* at(uintptr_t address) {
     return reinterpret_cast<U*>(address);
 }
 
+// Whether this processor supports the instruction set.
 bool supported(const std::string& isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -51,8 +52,8 @@ constexpr Variant kVariants[] = {
 #define DADPO_LIST(isa) {#isa, passes_##isa},
     DADPO_FOR_EACH_ISA(DADPO_LIST)};
 
-// Asks for huge pages in a large buffer that is about to be written: a fresh one costs a page fault every 4 KiB else, a
-// tenth of a pass. A hint; where the system has no such pages it does nothing.
+// Advises huge pages for a freshly allocated buffer. Without them, its first pass spends about a tenth of its time on
+// page faults, one per 4 KiB. Only a hint: it has no effect where the system does not support huge pages.
 void prefer_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = 2 << 20, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
@@ -62,9 +63,9 @@ void prefer_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 }
 
-const Passes* active = nullptr;
+const Passes* active = nullptr;  // of the instruction set in use
 
-py::list available() {  // best first
+py::list available() {  // instruction sets, best first
     py::list names;
     for (const auto& v : kVariants)
         if (supported(v.name)) names.append(v.name);

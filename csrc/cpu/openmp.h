@@ -1,8 +1,9 @@
-// The OpenMP runtime that PyTorch has loaded, if it is one with GNU's entry points; nothing is linked.
+// Runs parallel regions on the OpenMP runtime that PyTorch has loaded, if it has GNU's entry points. They are looked up
+// at run time; nothing is linked.
 //
-// Its threads spin for milliseconds after each of PyTorch's operations, waiting for the next. Threads of our own would
-// share the cores with them; a region of the same runtime is what they wait for. (As for PyTorch's own operations, a forked
-// process must set one thread first: it has none of the others.)
+// The runtime's threads spin for milliseconds after each PyTorch operation. Separate threads would compete with them
+// for the cores, whereas a parallel region uses them. (As with PyTorch's own operations, a forked process must set the
+// number of threads to 1 first: the worker threads do not survive a fork.)
 #pragma once
 
 #if defined(__linux__)
@@ -16,7 +17,8 @@ class OpenMP {
 public:
     static bool available() { return runtime().usable(); }
 
-    // Runs member(rank) on `size` threads at once, or not at all and returns false.
+    // Runs member(rank) on `size` threads concurrently and returns true. If it cannot, it runs nothing and returns
+    // false.
     template <typename Member>
     static bool run(int size, Member& member) {
         if (!available()) return false;
@@ -27,8 +29,8 @@ public:
 
 private:
     static const OpenMP& runtime() {
-        static const OpenMP found;
-        return found;
+        static const OpenMP loaded;
+        return loaded;
     }
 
     template <typename Member>
@@ -40,7 +42,7 @@ private:
 
         static void enter(void* data) {
             Call& call = *static_cast<Call*>(data);
-            if (call.runtime.threads_() != call.size) return;  // a limit of the user's, or a region around this one
+            if (call.runtime.threads_() != call.size) return;  // limited by the user, or nested
             const int rank = call.runtime.thread_();
             if (rank == 0) call.complete = true;
             call.member(rank);
@@ -51,7 +53,8 @@ private:
     OpenMP() {
         void* pytorch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
         if (!pytorch || !dlsym(pytorch, "GOMP_parallel")) return;
-        auto find = [&](const char* name) {  // in the order of PyTorch's own calls: another runtime may be preloaded
+        // In the order in which PyTorch's own calls resolve: another runtime may be preloaded.
+        auto find = [&](const char* name) {
             void* global = dlsym(RTLD_DEFAULT, name);
             return global ? global : dlsym(pytorch, name);
         };

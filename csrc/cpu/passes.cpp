@@ -1,7 +1,8 @@
-// One tile of the vocabulary: product, row pass, products. Compiled once per instruction set (DADPO_ISA names it).
+// The passes over one vocabulary tile: logits by GEMM, row pass, GEMMs of the gradients. Compiled once per instruction
+// set, which DADPO_ISA names.
 //
-// Rows are split over threads in fixed contiguous shares and each row sees its columns in the same order whatever the
-// share, so results do not depend on the number of threads. The weight gradient is split over columns.
+// Threads get fixed contiguous shares of the rows, and each row processes its columns in the same order for any share,
+// so results do not depend on the number of threads. The weight gradient is split over columns instead.
 
 #include "arena.h"
 #include "live.h"
@@ -14,15 +15,19 @@ namespace {
 
 long groups(const Tile& t) { return (t.columns + kGroup - 1) / kGroup; }
 
+// The workspace of a pass. What the pass does not need stays null or unset. `padded` columns are whole groups.
 struct Workspace {
-    uint32_t *logits_b = nullptr, *hidden_b = nullptr;  // the tile's weight as B of h W^T, and as B of dz W
-    void* dz = nullptr;  // [groups, rows, kGroup] and kLanes more, kept for the weight gradient
+    uint32_t* logits_b = nullptr;  // the tile's weight as B of hidden W^T: panels over padded columns, width deep
+    uint32_t* hidden_b = nullptr;  // the tile's weight as B of dz W: panels over the width, padded columns deep
+    void* dz = nullptr;  // [groups, rows, kGroup] operand type, plus kLanes units of slack, for the weight gradient
     struct Local {
-        float *z, *slope, *c;
-        uint32_t *hidden, *a;  // A of hidden W^T where it is not hidden itself, and of dz^T hidden
-        void* dz;
+        float *z, *slope;  // [kBlock, kGroup] logits, and the softcap's derivative
+        float* c;  // [kBlock, padded width] rows of the weight gradient
+        uint32_t* hidden;  // A of hidden W^T: [kBlock, width] units, bfloat16 only
+        uint32_t* a;  // A of dz^T hidden: [kBlock, kInner] units
+        void* dz;  // [kBlock, kGroup] operand type, if dz is not kept for the weight gradient
     };
-    std::vector<Local> local;
+    std::vector<Local> local;  // [threads]
 
     Workspace(const Tile& t, char* base, bool logits, bool grad_hidden, bool keep_dz) : arena(base) {
         const long per = t.bf16 ? Units<OperandOf<uint16_t>>::per : 1, depth = (t.width + per - 1) / per;
@@ -46,6 +51,7 @@ struct Workspace {
     Arena arena;
 };
 
+// Packs this rank's share of the tile's weight into Workspace::logits_b.
 template <typename T>
 void pack_logits_operand(const Tile& t, const Team& team, int rank, uint32_t* out) {
     using U = OperandOf<T>;
@@ -59,8 +65,8 @@ void pack_logits_operand(const Tile& t, const Team& team, int rank, uint32_t* ou
     }
 }
 
-// Logits of rows [row, row + count) in group `g`: z [count, kGroup], finished; with a softcap also their slopes. The
-// rows become an operand with group 0, which comes first.
+// Logits of rows [row, row + count) and column group `g`, to l.z [count, kGroup]; with a softcap also l.slope. Groups
+// of a block come in ascending order, so group 0 converts the rows to an operand and the others reuse it.
 template <typename T>
 void group_logits(const Tile& t, long row, long count, long g, const uint32_t* packed, const Workspace::Local& l) {
     using U = OperandOf<T>;
@@ -85,6 +91,7 @@ void for_blocks(const Tile& t, const Team& team, int rank, Visit visit) {
         for (long g = 0; g < groups(t); g++) visit(row, std::min(kBlock, end - row), g);
 }
 
+// Forward: per block of rows and group of columns, logits by GEMM, then the row pass while they are in cache.
 template <typename T>
 void statistics(const Tile& t, const Statistics& s, const Retained& r, Workspace& w) {
     Team::run(t.threads, [&](Team& team, int rank) {
@@ -103,14 +110,18 @@ void statistics(const Tile& t, const Statistics& s, const Retained& r, Workspace
     });
 }
 
-// dW [columns, width] = dz^T hidden for this rank's columns, accumulated in float32 over all rows and rounded once.
+// dW [columns, width] = dz^T hidden for this rank's columns, accumulated in float32 over all rows and rounded once;
+// also the bias gradient.
 template <typename T, typename U = OperandOf<T>>
-void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int rank, const U* dz,
-                     const uint32_t* packed_hidden, const Workspace::Local& l) {
+void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int rank,
+                     const U* dz,  // [groups, rows, kGroup]
+                     const uint32_t* packed_hidden,  // from `pack_hidden`
+                     const Workspace::Local& l) {
     constexpr int per = Units<U>::per;
     const long depth = Units<U>::count(t.rows), sweep = sweep_of(depth), wide = panels_of(t.width) * kPanel;
     const auto [begin, end] = team.share(rank, t.columns, kRows);
     for (long column = begin, count; g.weight && column < end; column += count) {
+        // A block of columns must lie in one group, because dz is stored by groups.
         const long inside = column % kGroup;
         const U* group = dz + (column - inside) * t.rows + inside;
         count = std::min({kBlock, end - column, kGroup - inside});
@@ -120,6 +131,7 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
             gemm<U>(l.a, kRows * part, 1, kRows, packed_hidden + k * kPanel, depth, part, count, wide / kPanel, l.c,
                     wide, k > 0);
         }
+        // Round to the weight's type; the last vector of a row may be partial.
         for (long i = 0; i < count; i++) {
             T* out = static_cast<T*>(g.weight) + (column + i) * g.weight_stride;
             const float* c = l.c + i * wide;
@@ -132,6 +144,7 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
             }
         }
     }
+    // Bias gradient: column sums of dz.
     if (g.bias)
         for (long column = begin; column < end; column++) {
             const U* group = dz + column / kGroup * kGroup * t.rows + column % kGroup;
@@ -141,12 +154,14 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
         }
 }
 
+// Backward: dz from retained exponentials or recomputed logits, then its products with weight and hidden.
 template <typename T>
 void gradient(const Tile& t, const Gradient& g, const Retained& r, const uint32_t* packed_hidden, Workspace& w) {
     using U = OperandOf<T>;
     constexpr int per = Units<U>::per;
     const long padded = groups(t) * kGroup, wide = panels_of(t.width) * kPanel;
     Team::run(t.threads, [&](Team& team, int rank) {
+        // Pack the tile's weight for the products that this call needs.
         if (w.logits_b) pack_logits_operand<T>(t, team, rank, w.logits_b);
         if (w.hidden_b) {
             const T* weight = static_cast<const T*>(t.weight);
@@ -158,6 +173,7 @@ void gradient(const Tile& t, const Gradient& g, const Retained& r, const uint32_
         team.barrier();
         const auto& l = w.local[rank];
         for_blocks(t, team, rank, [&](long row, long count, long group) {
+            // The gradient of the logits, [count, kGroup].
             const long column = t.first + group * kGroup;
             U* dz = w.dz ? static_cast<U*>(w.dz) + (group * t.rows + row) * kGroup : static_cast<U*>(l.dz);
             if (!r.exps) group_logits<T>(t, row, count, group, w.logits_b, l);
@@ -169,17 +185,19 @@ void gradient(const Tile& t, const Gradient& g, const Retained& r, const uint32_
                 else
                     gradient_row(t, g, row + i, column, l.z + i * kGroup, l.slope + i * kGroup, dz + i * kGroup);
             }
+            // Accumulate its product with the weight into the gradient of hidden.
             if (!w.hidden_b) return;
             gemm<U>(reinterpret_cast<const uint32_t*>(dz), kRows * (kGroup / per), kGroup / per, 1,
                     w.hidden_b + group * (kGroup / per) * kPanel, padded / per, kGroup / per, count, wide / kPanel,
                     g.hidden + row * wide, wide, true);
         });
         if (!w.dz) return;
-        team.barrier();
+        team.barrier();  // the weight gradient reads dz of all rows
         weight_gradient<T>(t, g, team, rank, static_cast<const U*>(w.dz), packed_hidden, l);
     });
 }
 
+// Top k: logits as in the forward, the entries' logits, then the candidates.
 template <typename T>
 void topk(const Tile& t, const Statistics& s, const Candidates& c, Workspace& w) {
     Team::run(t.threads, [&](Team& team, int rank) {
@@ -202,6 +220,7 @@ void topk(const Tile& t, const Statistics& s, const Candidates& c, Workspace& w)
     });
 }
 
+// Packs hidden as B of dz^T hidden: panels over the width, t.rows deep.
 template <typename T>
 void pack_hidden(const Tile& t, uint32_t* out) {
     using U = OperandOf<T>;
@@ -223,7 +242,7 @@ void pack_hidden(const Tile& t, uint32_t* out) {
 #define DADPO_STRING(a) DADPO_STRING2(a)
 
 const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
-    static const Passes passes = {
+    static const Passes passes = {  // in the order of the fields of Passes
         DADPO_STRING(DADPO_ISA),
         kPanel,
         sizeof(OperandOf<uint16_t>) == sizeof(uint16_t),

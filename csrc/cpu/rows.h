@@ -1,4 +1,5 @@
-// The row passes over a group of logits that a product has just left in the cache.
+// Row passes over one group of kGroup columns, whose logits a GEMM has just left in cache. `column` is the group's
+// first column in the vocabulary; `z`, `slope`, `exps` and `dz` are [kGroup], one row's part of the group.
 #pragma once
 
 #include <vector>
@@ -10,10 +11,10 @@
 namespace dadpo {
 namespace {
 
-constexpr long kBlock = 96;  // rows at a time: their operands and a group of their logits fit in the L2 cache
+constexpr long kBlock = 96;  // rows per block: their operands and one group of their logits fit in the L2 cache
 constexpr long kGroupVectors = kGroup / kLanes;
 
-// The entries of one row that lie in columns [begin, end): ids ascend, so they are a range.
+// The range of one row's entries whose ids lie in [begin, end); ids ascend along a row.
 struct Hits {
     long begin, end;
 };
@@ -24,7 +25,7 @@ inline Hits find(const Tile& t, long row, long begin, long end) {
     return {lo - ids, hi - ids};
 }
 
-// z [kGroup]: product -> logits; columns past `valid` become -inf. With a softcap, `slope` gets 1 - tanh^2.
+// Turns products into logits in place; columns past `valid` become -inf. With a softcap, `slope` = 1 - tanh^2.
 inline void finish_logits(const Tile& t, long column, long valid, float* z, float* slope) {
     for (long j = valid; j < kGroup; j++) z[j] = -INFINITY;
     if (t.bias)
@@ -40,11 +41,11 @@ inline void finish_logits(const Tile& t, long column, long valid, float* z, floa
     } else if (t.scale * t.inv_temperature != 1.0f) {
         const float factor = t.scale * t.inv_temperature;
         for (long v = 0; v < kGroupVectors; v++) store(z + v * kLanes, load<vf>(z + v * kLanes) * factor);
-        for (long j = valid; j < kGroup; j++) z[j] = -INFINITY;  // a negative scale turns -inf over
+        for (long j = valid; j < kGroup; j++) z[j] = -INFINITY;  // a negative scale turns -inf into inf
     }
 }
 
-inline float group_max(const float* z) {
+inline float group_max(const float* z) {  // two accumulators hide the latency
     vf m0 = load<vf>(z), m1 = load<vf>(z + kLanes);
     for (long v = 2; v < kGroupVectors; v += 2) {
         m0 = vmax(m0, load<vf>(z + v * kLanes));
@@ -53,7 +54,7 @@ inline float group_max(const float* z) {
     return horizontal_max(vmax(m0, m1));
 }
 
-inline float group_sum(const float* z, float base) {
+inline float group_sum(const float* z, float base) {  // of exp(z - base)
     vf s0{}, s1{};
     for (long v = 0; v < kGroupVectors; v += 2) {
         s0 += vexp(load<vf>(z + v * kLanes) - base);
@@ -62,7 +63,7 @@ inline float group_sum(const float* z, float base) {
     return horizontal_sum(s0 + s1);
 }
 
-// Adds a group whose exponentials, taken from its own maximum, sum to `group_sum`.
+// Merges a group into the running state; `group_sum` is the sum of its exponentials relative to `group_max`.
 inline void absorb(float* max, double* sum, float group_max, float group_sum) {
     OnlineSoftmax<double> state{*max, *sum};
     state.merge(group_max, group_sum);
@@ -70,8 +71,8 @@ inline void absorb(float* max, double* sum, float group_max, float group_sum) {
     *sum = state.sum;
 }
 
-// Gathers the row's entries, takes the top-k ones out, and adds the rest to the row's state. With `exps`, also keeps
-// exp(z - base) * slope there, base being the group's own maximum: no value overflows and the largest is exact.
+// Stores the entries' logits, masks the top-k ids, and merges the rest into the row's state. With `exps`, also retains
+// exp(z - base) * slope. The base is the group's maximum: nothing overflows, and the largest exponential is exact.
 template <typename T>
 inline void statistics_row(const Tile& t, const Statistics& s, long row, long column, float* z, const float* slope,
                            T* exps, float* base) {
@@ -84,11 +85,11 @@ inline void statistics_row(const Tile& t, const Statistics& s, long row, long co
         const long at = row * t.entries + e;
         if (t.in_topk[at]) z[t.ids[at] - column] = -INFINITY;
     }
-    const float max = group_max(z), own = reference(max);
+    const float max = group_max(z), group_base = reference(max);
     vf sum{};
-    if (base) *base = own;
+    if (base) *base = group_base;
     for (long v = 0; v < kGroupVectors; v++) {
-        const vf e = vexp(load<vf>(z + v * kLanes) - own);
+        const vf e = vexp(load<vf>(z + v * kLanes) - group_base);
         sum += e;
         if (exps) store_as(exps + v * kLanes, t.softcap > 0 ? e * load<vf>(slope + v * kLanes) : e);
     }
@@ -107,7 +108,7 @@ inline void overwrite_entries(const Tile& t, const Gradient& g, long row, long c
     }
 }
 
-// dz = c exp(z - base) * slope; a row without a tail has c = 0.
+// dz = c exp(z - base) * slope, from recomputed logits. A row with an empty tail has c = 0.
 template <typename U>
 inline void gradient_row(const Tile& t, const Gradient& g, long row, long column, const float* z, const float* slope,
                          U* dz) {
@@ -120,6 +121,7 @@ inline void gradient_row(const Tile& t, const Gradient& g, long row, long column
     overwrite_entries(t, g, row, column, dz);
 }
 
+// The same from retained exponentials, which are relative to the group's `base`.
 template <typename T, typename U>
 inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, long column, const T* exps, float base,
                                   U* dz) {
@@ -128,26 +130,25 @@ inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, lo
     overwrite_entries(t, g, row, column, dz);
 }
 
-// Sorts as the row's candidates do: by falling value, among equals by rising id. In one integer, so that NaN has a place
-// too; -0 is 0.
+// An integer that sorts by descending value, ties by ascending id: a total order even with NaN. -0 equals 0.
 inline uint64_t candidate_key(float value, int32_t id) {
-    value += 0.0f;
+    value += 0.0f;  // -0 becomes 0
     uint32_t bits;
     memcpy(&bits, &value, 4);
     const uint32_t rising = bits >> 31 ? ~bits : bits | 0x80000000u;
     return uint64_t(~rising) << 32 | uint32_t(id);
 }
-inline float candidate_value(uint64_t key) {
+inline float candidate_value(uint64_t key) {  // inverse of candidate_key
     const uint32_t rising = ~uint32_t(key >> 32), bits = rising >> 31 ? rising & 0x7fffffffu : ~rising;
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-// Candidates for the row's top k: values above the k-th best of the last cut, kept unsorted and cut back to k when the
-// buffer is full and at the end of a tile. Columns come in ascending order and the comparison is strict, so among equals
-// the lowest id stays. Whatever does not make it, or is cut, belongs to the tail and is added to its state: nothing is
-// subtracted later.
+// Candidates for one row's top k: values above the k-th largest at the last cut. They are unsorted, and cut back to k
+// when the buffer is full and at the end of a tile. Columns come in ascending order and the comparison is strict, so
+// ties go to the lowest ids. Values that are rejected or cut belong to the tail and are added to its state, so nothing
+// has to be subtracted later.
 struct Best {
     const Candidates& c;
     const long row;
@@ -157,11 +158,13 @@ struct Best {
 
     void cut() {
         if (count <= c.k) return;
+        // Partition around the k-th candidate.
         std::vector<uint64_t> keys(count);
         for (long i = 0; i < count; i++) keys[i] = candidate_key(values[i], ids[i]);
         std::nth_element(keys.begin(), keys.begin() + c.k, keys.end());
         for (long i = 0; i < count; i++) values[i] = candidate_value(keys[i]);
         for (long i = 0; i < c.k; i++) ids[i] = static_cast<int32_t>(keys[i]);
+        // Add the dropped values to the tail's state.
         for (long i = c.k; i < count; i += kGroup) {
             alignas(64) float dropped[kGroup];
             for (long j = 0; j < kGroup; j++) dropped[j] = i + j < count ? values[i + j] : -INFINITY;
@@ -170,7 +173,7 @@ struct Best {
         }
         count = static_cast<int32_t>(c.k);
     }
-    // The first k candidates are the best of the last cut.
+    // The smallest of the k largest at the last cut, which are the first k candidates.
     float threshold() const {
         if (count < c.k) return -INFINITY;
         vf least = splat(INFINITY);
@@ -182,9 +185,10 @@ struct Best {
     }
 };
 
-// `last`: of the tile's groups; it leaves no more than k candidates.
+// Moves candidates out of one group of logits and adds the rest to the tail's state. After the tile's `last` group, at
+// most k candidates are left.
 inline void topk_row(const Candidates& c, long row, long column, long valid, bool last, float* z) {
-    constexpr long kScan = 4 * kLanes;  // columns passed over at a time
+    constexpr long kScan = 4 * kLanes;  // columns that are skipped together if none exceeds the threshold
     Best best{c, row};
     float threshold = c.k ? best.threshold() : INFINITY;
     for (long begin = 0; begin < valid; begin += kScan) {
@@ -193,6 +197,7 @@ inline void topk_row(const Candidates& c, long row, long column, long valid, boo
             for (long v = 1; v < kScan / kLanes; v++) most = vmax(most, load<vf>(z + begin + v * kLanes));
             if (!(horizontal_max(most) > threshold)) continue;
         }
+        // Until there are k candidates, every logit but NaN is one.
         for (long j = begin; j < std::min(begin + kScan, valid); j++) {
             if (best.count < c.k ? z[j] != z[j] : !(z[j] > threshold)) continue;
             best.values[best.count] = z[j];

@@ -1,5 +1,5 @@
-// Vectors of float for whatever instruction set this file is compiled for, through GCC/Clang vector extensions:
-// one source for SSE, AVX2, AVX-512 and NEON.
+// SIMD helpers on GCC/Clang vector extensions: one source for SSE, AVX2, AVX-512 and NEON. The vector width is that of
+// the instruction set this file is compiled for.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 #endif
 
 namespace dadpo {
-namespace {  // every instruction set compiles its own copy: internal linkage keeps the linker from merging them
+namespace {  // internal linkage: the linker must not merge the copies of different instruction sets
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRowVectors = 4;  // 6 x 4 accumulators of 32 registers
+constexpr int kLanes = 16, kRowVectors = 4;  // 6 x 4 accumulators in 32 registers
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kRowVectors = 2;  // 6 x 2 of 16
+constexpr int kLanes = 8, kRowVectors = 2;  // 6 x 2 in 16 registers
 #else
 constexpr int kLanes = 4, kRowVectors = 2;
 #endif
@@ -48,7 +48,7 @@ inline void store_some(float* p, vf v, long count) {
 }
 
 inline vf splat(float x) { return x - vf{}; }
-inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // b if either is NaN
 
 inline float horizontal_max(vf v) {
     float r = v[0];
@@ -63,10 +63,10 @@ inline float horizontal_sum(vf v) {
     return lane[0];
 }
 
-// exp(x) to 1 ulp or so for x <= 88 (nothing of use above), exactly 0 below -87.3 and for -inf, NaN for NaN. Cody-Waite
-// reduction and the Cephes expf polynomial.
+// exp(x) to about 1 ulp for x <= 88 (undefined above), exactly 0 below -87.3 and for -inf, NaN for NaN. Cody-Waite
+// range reduction and the Cephes expf polynomial.
 inline vf vexp(vf x) {
-    const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer sits in the low bits
+    const vf shifted = x * 1.44269504088896341f + 12582912.0f;  // + 1.5 * 2^23 rounds to an integer, in the low bits
     const vf n = shifted - 12582912.0f;
     const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     vf p = splat(1.9875691500e-4f);
@@ -84,7 +84,7 @@ inline vf vtanh(vf x) {
     return 1.0f - 2.0f / (vexp(twice > 88.0f ? splat(88.0f) : twice) + 1.0f);
 }
 
-// Rounds to nearest even, keeping NaN a NaN; the bfloat16 is the low half of each lane.
+// bfloat16 bits of x in the low half of each lane, rounded to nearest even; NaN stays NaN.
 inline vu bf16_bits(vf x) {
     const vu bits = (vu)x;
     const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

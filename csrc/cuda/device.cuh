@@ -1,4 +1,4 @@
-// What the kernels share: how a block covers its part of a row, logits, the row's entries, reductions, launches.
+// Shared device code: mapping a thread block to a segment of a row, logits, entries, block reductions, kernel launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,17 +21,17 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = DADPO_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kVector = 8;  // columns a thread handles side by side: 16 bytes of a 2-byte type, twice 16 of float
-constexpr int kChunks = 4;  // such vectors, all loaded before the first is used
-constexpr int kItems = kChunks * kVector;
-constexpr int kCapacity = kThreads * kItems;
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kVector = 8;  // adjacent columns per thread: one 16-byte access of a 2-byte type, two of float
+constexpr int kChunks = 4;  // such vectors per thread, all loaded before the first is used to hide latency
+constexpr int kItems = kChunks * kVector;  // columns per thread
+constexpr int kCapacity = kThreads * kItems;  // columns per block
+constexpr unsigned kAll = 0xffffffffu;  // full warp mask
 
-// A grid without blocks is an error to CUDA, and nothing to do here.
+// Launches `kernel` with kThreads threads per block. An empty grid is skipped: CUDA rejects it.
 template <typename Args>
 void launch(const Queue& queue, const char* name, void (*kernel)(Args), dim3 grid, const Args& args) {
     if (grid.x == 0 || grid.y == 0) return;
-    cudaError_t error = cudaSetDevice(queue.device);  // of this module's own runtime; PyTorch's has its own notion
+    cudaError_t error = cudaSetDevice(queue.device);  // in this module's own CUDA runtime, separate from PyTorch's
     if (error == cudaSuccess) {
         cudaLaunchConfig_t config{};
         config.gridDim = grid;
@@ -45,8 +45,10 @@ void launch(const Queue& queue, const char* name, void (*kernel)(Args), dim3 gri
     }
 }
 
+// Blocks needed for `count` items, `each` per block.
 inline unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
+// An unaligned row may need up to 3 lead columns: see Window.
 inline void check(const Tile& t) {
     const bool aligned = t.stride % 4 == 0 && reinterpret_cast<uintptr_t>(t.products) % 16 == 0;
     if (t.segments < 1 || static_cast<int64_t>(t.columns) + (aligned ? 0 : 3) > int64_t{kCapacity} * t.segments)
@@ -71,12 +73,13 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
 }
+// The scale of retained exponentials: float16 needs it for range, see Retained.
 template <typename T>
 constexpr float kRetainedScale = 1.0f;
 template <>
 constexpr float kRetainedScale<__half> = 32768.0f;
 
-// One 16-byte access.
+// 16 bytes, read or written by one vector instruction.
 template <typename T>
 struct alignas(16) Pack {
     static constexpr int size = 16 / sizeof(T);
@@ -84,8 +87,9 @@ struct alignas(16) Pack {
 };
 __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// The columns [begin, end) of a row that a block handles. Vectors are counted from `origin`, which lies up to 3 columns
-// before the row where that is what makes their loads aligned: so the first vector may be ragged, as the last.
+// The columns [begin, end) of a row that a block handles. Vectors start at `origin`. If the row is not aligned to 16
+// bytes, `origin` lies before it (by up to 3 floats, or 7 elements of 2 bytes), so that all vectors but the first and
+// last are whole and aligned.
 struct Window {
     int begin, end, origin;
 
@@ -98,6 +102,7 @@ struct Window {
         begin = origin > 0 ? origin : 0;
         end = origin + length < columns ? origin + length : columns;
     }
+    // First column of this thread's vector in `chunk`: consecutive threads read consecutive vectors.
     __device__ __forceinline__ int at(int chunk) const {
         return origin + (chunk * kThreads + static_cast<int>(threadIdx.x)) * kVector;
     }
@@ -105,6 +110,7 @@ struct Window {
     __device__ __forceinline__ bool holds(int column) const { return begin <= column && column < end; }
 };
 
+// out [kVector] = row [at, at + kVector) as float; 0 outside the window.
 template <typename T>
 __device__ __forceinline__ void load(const T* row, const Window& w, int at, float* out) {
     if (w.full(at) && aligned(row + at)) {
@@ -120,6 +126,7 @@ __device__ __forceinline__ void load(const T* row, const Window& w, int at, floa
     }
 }
 
+// row [at, at + kVector) = in [kVector], inside the window only.
 template <typename T>
 __device__ __forceinline__ void store(T* row, const Window& w, int at, const float* in) {
     if (w.full(at) && aligned(row + at)) {
@@ -137,7 +144,7 @@ __device__ __forceinline__ void store(T* row, const Window& w, int at, const flo
     }
 }
 
-// softcap * tanh(scale * x / softcap) / temperature, or scale * x / temperature.
+// Logit of a product x: softcap * tanh(scale * x / softcap) / temperature, or scale * x / temperature without softcap.
 struct Transform {
     float in, out, inv_out2;
     bool cap;
@@ -155,7 +162,7 @@ struct Transform {
     }
 };
 
-// This thread's logits of the window, -inf outside it.
+// z = this thread's logits of the window, -inf outside it. `row` is the row's products.
 __device__ __forceinline__ void load_logits(const Tile& t, const float* row, const Window& w, float (&z)[kItems]) {
 #pragma unroll
     for (int c = 0; c < kChunks; c++) load(row, w, w.at(c), z + c * kVector);
@@ -198,6 +205,7 @@ struct Hits {
     }
 };
 
+// selected [entries] = logits of the entries `hits`, from the row's products; `ids` [entries] are the row's.
 __device__ __forceinline__ void store_selected(const Tile& t, const float* row, const int32_t* ids, const Hits& hits,
                                                float* selected) {
     const Transform transform(t);
@@ -207,10 +215,11 @@ __device__ __forceinline__ void store_selected(const Tile& t, const float* row, 
     }
 }
 
-// Of equal ids the first: no two threads write the same place.
+// True for the first of equal ids, so that no two threads write the same column.
 __device__ __forceinline__ bool distinct(const int32_t* ids, int e) { return e == 0 || ids[e - 1] != ids[e]; }
 
-// Replaces what this block has written at the row's entries. Its other threads wrote there just before.
+// row [ids - first] = values [count] (null: 0) at the entries in this block's window. The barrier orders this after the
+// stores that other threads of the block made to the same columns.
 template <typename T>
 __device__ __forceinline__ void overwrite(T* row, const Window& w, const int32_t* ids, int count, int first,
                                           const float* values) {
@@ -236,7 +245,8 @@ __device__ __forceinline__ float warp_reduce(float x) {
     return x;
 }
 
-// Over the block; every thread gets the result. `scratch` [kWarps] must not be in use from a reduction before.
+// Reduces over the block; every thread gets the result. `scratch` [kWarps] is in shared memory and must not be reused
+// without a barrier after the previous reduction.
 template <typename Op>
 __device__ __forceinline__ float block_reduce(float x, float* scratch) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -246,6 +256,7 @@ __device__ __forceinline__ float block_reduce(float x, float* scratch) {
     return warp_reduce<Op>(lane < kWarps ? scratch[lane] : Op::identity);
 }
 
+// Calls `visit` with a value of the element type, for template dispatch.
 template <typename Visit>
 void for_type(Type type, Visit visit) {
     switch (type) {

@@ -1,4 +1,4 @@
-// Python binding: addresses, sizes and strides in, nothing of PyTorch. Every check stands in the Python above.
+// Python binding. It takes addresses, sizes and strides and does not depend on PyTorch. Python validates all arguments.
 
 #include <pybind11/pybind11.h>
 

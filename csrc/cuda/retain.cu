@@ -1,8 +1,8 @@
-// From retained exponentials to the gradient of the logits.
+// Turns retained exponentials into the gradient of the logits.
 //
-// With one factor per row, `factors * exps` is that gradient everywhere but at the row's entries, and both products read
-// the exponentials as they lie once `values / factor` stands at the entries. In float16 that quotient overflows, so there
-// the gradient is written out in one pass.
+// With one factor per row, `factors * exps` equals that gradient except at the row's entries. Once `values / factor` is
+// written there, both matrix products can read the exponentials in place. In float16 the quotient can overflow, so
+// `scale_retained` writes the gradient to a separate buffer instead.
 
 #include "device.cuh"
 
@@ -10,11 +10,13 @@ namespace dadpo {
 namespace cuda {
 namespace {
 
+// dz / exps outside the entries: the exponentials are scaled and relative to `bases`, the gradient to `base`.
 template <typename T>
 __device__ __forceinline__ float factor_of(const RetainedGradient& a, int64_t row) {
     return a.c[row] * expf(a.bases[row * a.bases_stride] - a.base[row]) / kRetainedScale<T>;
 }
 
+// Grid (rows, segments).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scale_retained_kernel(RetainedGradient a) {
     const int64_t row = blockIdx.x;
@@ -33,8 +35,8 @@ __global__ void __launch_bounds__(kThreads) scale_retained_kernel(RetainedGradie
               a.values + row * a.entries.count);
 }
 
-// A factor may be tiny beside the values, or 0. It is then raised to 2^-100 of the largest, so that the quotients stay
-// finite; the exponentials, at most 1, it overstates by no more than that.
+// One warp per row. A factor that is 0 or tiny relative to the values is raised to 2^-100 of the largest, so that the
+// quotients stay finite. The exponentials are at most 1, so the other columns' gradient is overstated by at most that.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) enter_values_kernel(RetainedGradient a) {
     const int lane = threadIdx.x % kWarp;
@@ -43,6 +45,7 @@ __global__ void __launch_bounds__(kThreads) enter_values_kernel(RetainedGradient
     const int32_t* ids = a.entries.ids + row * a.entries.count;
     const float* values = a.values + row * a.entries.count;
     const Hits hits(ids, a.entries.count, a.first, a.first + a.columns);
+    // The factor, raised if necessary.
     float largest = 0;
     for (int e = hits.begin + lane; e < hits.end; e += kWarp) largest = fmaxf(largest, fabsf(values[e]));
     largest = warp_reduce<Max>(largest);
@@ -51,6 +54,7 @@ __global__ void __launch_bounds__(kThreads) enter_values_kernel(RetainedGradient
     if (fabsf(factor) < least) factor = factor < 0 ? -least : least;
     if (lane == 0) a.factors[row] = factor;
 
+    // Swap the entries: exponentials out to `saved`, quotients in.
     T* exps = static_cast<T*>(a.retained.exps) + row * a.retained.stride;
     T* saved = static_cast<T*>(a.saved) + row * a.entries.count;
     for (int e = hits.begin + lane; e < hits.end; e += kWarp) {
@@ -61,6 +65,7 @@ __global__ void __launch_bounds__(kThreads) enter_values_kernel(RetainedGradient
     }
 }
 
+// One warp per row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) restore_kernel(RetainedGradient a) {
     const int lane = threadIdx.x % kWarp;
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) restore_kernel(RetainedGradient a) {
 
 void scale_retained(const Queue& queue, const RetainedGradient& a) {
     for_type(a.retained.type, [&](auto type) {
-        // Up to 7 columns more than the row has: see Window.
+        // An unaligned row needs up to 7 more columns: see Window.
         launch(queue, "scale_retained", scale_retained_kernel<decltype(type)>,
                dim3(a.rows, blocks(a.columns + kVector, kCapacity)), a);
     });

@@ -1,4 +1,4 @@
-// Passes over a tile of products: one read of it each. Blocks are numbered (row, segment of the row).
+// Row passes over a tile of products; each reads the tile once. Unless noted, the grid is (rows, segments).
 
 #include "device.cuh"
 
@@ -6,11 +6,12 @@ namespace dadpo {
 namespace cuda {
 namespace {
 
-// Takes column `column` out of the logits of the thread that has it.
+// Sets the logit of `column` to -inf, in the registers of the thread that holds it.
 __device__ __forceinline__ void remove(const Window& w, int column, float (&z)[kItems]) {
     const int vector = (column - w.origin) / kVector;
     if (vector % kThreads != static_cast<int>(threadIdx.x)) return;
     const int item = vector / kThreads * kVector + (column - w.origin) % kVector;
+    // Unrolled over all items, because a dynamic index would move z to local memory.
 #pragma unroll
     for (int i = 0; i < kItems; i++)
         if (i == item) z[i] = -INFINITY;
@@ -27,11 +28,13 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(Statistics a) {
     float z[kItems];
     load_logits(t, products, w, z);
 
+    // Store the entries' logits and mask the top-k ids out of the tail.
     const Hits hits(ids, t.entries.count, t.first + w.begin, t.first + w.end);
     store_selected(t, products, ids, hits, a.selected + row * t.entries.count);
     for (int e = hits.begin; e < hits.end; e++)
         if (a.in_topk[row * t.entries.count + e]) remove(w, ids[e] - t.first, z);
 
+    // The segment's maximum, then the sum of exponentials relative to it, retaining them if requested.
     float max = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kItems; i++) max = fmaxf(max, z[i]);
@@ -61,6 +64,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(Statistics a) {
     }
 }
 
+// One thread per row merges the row's segments in order.
 __global__ void __launch_bounds__(kThreads) absorb_kernel(Absorb a) {
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (row >= a.rows) return;
@@ -76,6 +80,7 @@ __global__ void __launch_bounds__(kThreads) absorb_kernel(Absorb a) {
     if (a.bases) a.bases[row * a.bases_stride] = largest;
 }
 
+// dz = c exp(z - base) * slope, `values` at the entries. Without c, retained exponentials, 0 at the entries.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient a) {
     const Tile& t = a.tile;
@@ -103,10 +108,10 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient 
               a.values ? a.values + row * t.entries.count : nullptr);
 }
 
-constexpr int kStrip = kWarp * kVector;  // columns of a block of column_sums
+constexpr int kStrip = kWarp * kVector;  // columns per block of column_sums
 
-// The bank of column `lane * kVector + i`: turned by 4 from one i to the next, so that neither the writes of a warp (one
-// i, all lanes) nor its reads (columns side by side) share a bank.
+// The shared-memory bank of column `lane * kVector + i`. Each i rotates it by 4, so that neither the writes of a warp
+// (one i, all lanes) nor its reads (adjacent columns) have bank conflicts.
 DADPO_HD constexpr int bank(int i, int lane) { return (lane + 4 * i) % kWarp; }
 constexpr unsigned banks_of_a_read() {
     unsigned banks = 0;
@@ -115,6 +120,7 @@ constexpr unsigned banks_of_a_read() {
 }
 static_assert(banks_of_a_read() == kAll, "columns side by side share a bank");
 
+// One block per strip of kStrip columns. Warps sum interleaved rows; their partial sums are added in a fixed order.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums a) {
     __shared__ float part[kWarps][kVector][kWarp];

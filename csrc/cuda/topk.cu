@@ -1,8 +1,9 @@
-// The best k logits of a row, tile by tile: a radix select in registers, exact.
+// The k largest logits of a row, tile by tile: an exact radix select in registers.
 //
-// Floats are compared as integers of the same order. The k-th largest of {kept so far} and {tile} is found bit by bit:
-// up to 32 counts, no sort, no candidate list. Among equals the lowest ids win: what is kept stands in ascending order of
-// ids and tiles ascend, so that ranks among equals are running counts.
+// Floats are mapped to integers of the same order. The k-th largest of the kept logits and the tile together is
+// determined bit by bit, with up to 32 counts, without sorting and without a candidate list. Ties go to the lowest ids:
+// kept logits are stored in ascending order of ids and tiles come in ascending order, so ranks among equals are prefix
+// sums.
 
 #include <climits>
 
@@ -12,10 +13,10 @@ namespace dadpo {
 namespace cuda {
 namespace {
 
-constexpr int kSlots = 4;  // kept logits a thread holds
-constexpr int kLeast = INT_MIN;  // no float's key
+constexpr int kSlots = 4;  // kept logits per thread
+constexpr int kLeast = INT_MIN;  // below the key of -inf
 
-// NaN is the largest, and -0 equals 0.
+// An integer key in the same order as the float; NaN is the largest and -0 equals 0.
 __device__ __forceinline__ int key_of(float z) {
     if (z != z) return INT_MAX;
     const int bits = __float_as_int(z == 0 ? 0.0f : z);
@@ -23,7 +24,7 @@ __device__ __forceinline__ int key_of(float z) {
 }
 __device__ __forceinline__ float logit_of(int key) { return __int_as_float(key ^ ((key >> 31) & INT_MAX)); }
 
-// Over the block; every thread gets the sum.
+// Sum of x over the block; every thread gets it. `scratch` [kWarps] is in shared memory.
 __device__ __forceinline__ int block_count(int x, int* scratch) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     x = __reduce_add_sync(kAll, x);
@@ -32,7 +33,7 @@ __device__ __forceinline__ int block_count(int x, int* scratch) {
     return __reduce_add_sync(kAll, lane < kWarps ? scratch[lane] : 0);
 }
 
-// Sum of x over the threads before this one; `total` over all.
+// Exclusive prefix sum of x over the threads of the block; `total` is the sum over all.
 __device__ __forceinline__ unsigned block_scan(unsigned x, unsigned& total, unsigned* scratch) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     unsigned inclusive = x;
@@ -48,17 +49,17 @@ __device__ __forceinline__ unsigned block_scan(unsigned x, unsigned& total, unsi
     return __reduce_add_sync(kAll, lane < warp ? of_warp : 0) + inclusive - x;
 }
 
-// Two counts in one number: of what lies above the threshold, and (in units of 2^16) of what equals it.
+// Two counts packed in one integer, for one scan: keys above the threshold in the low 16 bits, equal keys in the high.
 __device__ __forceinline__ unsigned against(int key, int threshold) {
     return key > threshold ? 1u : (key == threshold ? 0x10000u : 0u);
 }
 
-// Hands out places in order: what lies above the threshold gets one, and of its equals the first `room`.
+// Assigns output slots in order, to all keys above the threshold and to the first `room` keys that equal it.
 struct Places {
     int room;
-    unsigned before = 0;
+    unsigned before = 0;  // packed counts of the keys before this one
 
-    __device__ __forceinline__ int place(unsigned count) {  // -1: none
+    __device__ __forceinline__ int place(unsigned count) {  // the slot of a key with packed count `count`; -1: not kept
         const int above = before & 0xffff, equal = before >> 16;
         before += count;
         const bool kept = count == 1u || (count != 0 && equal < room);
@@ -66,11 +67,13 @@ struct Places {
     }
 };
 
+// One block per row.
 __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
-    // Two of each: a barrier between two uses of the same one is the barrier of the use between.
+    // Two of each, used alternately: the barrier inside one use separates the uses of the other, so none is added.
     __shared__ int counts[2][kWarps];
     __shared__ unsigned scans[2][kWarps];
     __shared__ float scratch[2][kWarps];
+    // Load the tile's logits and the kept ones, as keys.
     const Tile& t = a.tile;
     const int64_t row = blockIdx.x;
     const float* products = t.products + row * t.stride;
@@ -102,9 +105,10 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
         return block_count(n, counts[round++ % 2]);
     };
 
+    // Radix select: the threshold becomes the largest key that at least `keep` keys reach, from the top bit down.
     int threshold = kLeast;
     for (int bit = 31; bit >= 0; bit--) {
-        // The top bit of a signed number is set where the number is small, so that raising it clears it.
+        // XOR, because the first step must clear the sign bit to raise the threshold; all lower bits are still 0.
         const int raised = threshold ^ static_cast<int>(1u << bit);
         const int n = count([&](int x) { return x >= raised; });
         if (n >= a.keep) threshold = raised;
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
     }
     Places places{a.keep - count([&](int x) { return x > threshold; })};
 
-    // What stays, in order: kept ones by slot, then columns by chunk, thread and item.
+    // Assign slots to what stays: previously kept logits first, then columns by chunk, thread and item, so ids ascend.
     unsigned kept = 0, old_kept = 0, start = 0, total;
     int old_id[kSlots], old_place[kSlots];
 #pragma unroll
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
         old_place[s] = places.place(x);
         start += total;
     }
-    __syncthreads();  // every old one is read before the first is overwritten
+    __syncthreads();  // all kept logits are read before the first is overwritten
 #pragma unroll
     for (int s = 0; s < kSlots; s++) {
         if (old_place[s] < 0) continue;
@@ -151,6 +155,7 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
         }
     }
 
+    // The softmax state of all that is not kept.
     float max = -INFINITY;
     auto for_rest = [&](auto visit) {
 #pragma unroll

@@ -18,7 +18,8 @@ from ..cache.reader import read_tokens
 from ..cache.shard_run import REFERENCE_ROWS, Score, run_pass
 from ..cache.shards import REFERENCE, Manifest, read_complete, writing
 from ..cache.vocabulary import check_vocabulary
-from ..models.lm_head import LMHead, check_lm_head, hidden_states, lm_head, unwrap
+from ..models.lm_head import check_lm_head, hidden_states, lm_head, unwrap
+from ..ops.head import Head
 from ..ops.selected_logps import linear_selected_logps
 from ..ops.topk_logps import linear_topk_logps
 from .pairs import TokenizedPairs
@@ -76,7 +77,7 @@ def capture_teacher(
     asked, folds = asked_for(k, settings), settings["vocab_size"] < len(head.weight)
 
     def answer(hidden: Tensor, labels: Tensor) -> Targets:
-        out = linear_topk_logps(hidden, head.weight, asked, labels=labels, **_options(head))
+        out = linear_topk_logps(hidden, head, asked, labels=labels)
         assert out.label is not None
         columns = {
             "label_logps": out.label.float(),
@@ -126,7 +127,7 @@ def capture_reference(
     }
 
     def answer(hidden: Tensor, labels: Tensor) -> Targets:
-        selected = linear_selected_logps(hidden, head.weight, labels, **_options(head))
+        selected = linear_selected_logps(hidden, head, labels)
         return {"label_logps": selected.label.cpu().numpy()}
 
     directory = cache / REFERENCE if out is None else Path(out)
@@ -145,7 +146,7 @@ def batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[Sequence[Pair]
         start += size
 
 
-def _model_score(model: Any, head: LMHead, answer: AnswerScore, batch_tokens: int) -> Score:
+def _model_score(model: Any, head: Head, answer: AnswerScore, batch_tokens: int) -> Score:
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
 
@@ -169,7 +170,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _score_batch(
-    model: Any, head: LMHead, pairs: Sequence[Pair], answer: AnswerScore
+    model: Any, head: Head, pairs: Sequence[Pair], answer: AnswerScore
 ) -> Iterator[tuple[Pair, Targets, Targets]]:
     """Each pair with the arrays of its chosen and of its rejected answer."""
     input_ids, attention_mask, labels = pad_pairs(pairs, pad_token_id=0)
@@ -191,13 +192,9 @@ def _score_batch(
     return zip(pairs, rows[: len(pairs)], rows[len(pairs) :], strict=True)
 
 
-def _prepare(model: nn.Module) -> tuple[Any, LMHead]:
+def _prepare(model: nn.Module) -> tuple[Any, Head]:
     check_lm_head(model)
     return unwrap(model), lm_head(model)
-
-
-def _options(head: LMHead) -> dict[str, Any]:
-    return {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
 
 
 def _check_pairs(pairs: Sequence[Pair], vocab_size: int) -> None:

@@ -1,13 +1,12 @@
 """How far a student's next-token distribution is from its teacher's, given top-k ids and the tail only."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-DivergenceKind = Literal["forward_kl", "reverse_kl", "js"]
-Support = Literal["tail", "renormalized", "truncated"]
+from .options import DivergenceKind, Support
 
 
 def topk_divergence(

@@ -1,22 +1,20 @@
 """From hidden states to the loss: one call of the primitive, then the objective on `[2B]` and `[2B, T, K]` numbers."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..ops.checks import is_logp, require
-from ..ops.head_checks import check_tolerance
-from ..ops.selected_logps import SelectedLogps, linear_selected_logps
-from .divergence import DivergenceKind, Support, check_divergence_options, topk_divergence
-from .preference import LossType, check_preference_options, check_sum_dtype, dadpo_loss
+from ..ops.head import Head, HeadOptions
+from ..ops.run import Run
+from ..ops.selected_logps import SelectedLogps, selected_logps_of
+from .divergence import check_divergence_options, topk_divergence
+from .options import DivergenceKind, LossType, Sides, Support
+from .preference import check_preference_options, check_sum_dtype, dadpo_loss
 from .targets import TeacherTargets
-
-Answers = Literal["both", "chosen", "rejected"]
 
 
 class DaDPOOutput(NamedTuple):
@@ -43,7 +41,7 @@ def pair_counts(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 def linear_dadpo_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     labels: Tensor,
     *,
     ref_logps: Tensor | None = None,
@@ -54,21 +52,18 @@ def linear_dadpo_loss(
     label_smoothing: float = 0.0,
     sft_weight: float = 0.0,
     kl_weight: float = 0.0,
-    kl_on: Answers = "both",
+    kl_on: Sides = "both",
     divergence: DivergenceKind = "forward_kl",
     support: Support = "tail",
     js_mix: float = 0.5,
     kd_temperature: float = 1.0,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
     counts: Tensor | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
     grad_tolerance: float | None = None,
     vocab_group: ProcessGroup | None = None,
+    **head_options: Unpack[HeadOptions],
 ) -> DaDPOOutput:
     """Preference loss, token-level distillation and SFT on a batch of pairs, without `[tokens, vocabulary]` logits.
 
@@ -95,7 +90,7 @@ def linear_dadpo_loss(
 
     Args:
         hidden: `[2B, T, H]`, last hidden states of the policy, chosen rows first, rejected rows second.
-        weight: `[V, H]`, weight of its LM head.
+        weight: `[V, H]`, weight of its LM head; or a `Head`, such as `lm_head(model)` gives.
         labels: `[2B, T]` integers, aligned: `hidden[i, t]` predicts `labels[i, t]`.
         ref_logps: `[2B]` float32 or float64, the frozen reference's log-probability of each whole answer. Needed if
             beta_ref is positive, else not read.
@@ -106,8 +101,8 @@ def linear_dadpo_loss(
         kl_weight: weight of the token-level divergence from the teacher, not negative; an extension beyond the paper.
         kl_on: whose answer tokens it is taken on, `both`, `chosen` or `rejected`.
         divergence, support, js_mix, kd_temperature: see `topk_divergence` (`divergence` is its `kind`).
-        bias, logit_scale, softcap, temperature, ignore_index, backend, memory_budget, grad_tolerance: see
-            `linear_selected_logps`.
+        ignore_index, backend, memory_budget, grad_tolerance: see `linear_selected_logps`.
+        head_options: `bias`, `logit_scale`, `softcap`, `temperature`; see `Head`.
         counts: `[3]`, see above; None means `pair_counts(labels)`.
         vocab_group: the ranks over which the vocabulary is sharded: weight and bias are then this rank's rows, or
             DTensors, all else is the same on all of them, and so is the loss; see `vocab_parallel_selected_logps`.
@@ -136,16 +131,13 @@ def linear_dadpo_loss(
         )
     counts = _checked_counts(counts, labels, ignore_index)
     valid = labels != ignore_index
-    ref = _reference_sums(ref_logps, labels).chunk(2) if beta_ref else (None, None)
-    told = _present(teacher, "beta_teacher").answer_logps(valid).chunk(2) if beta_teacher else (None, None)
-    # Of a sharded vocabulary only the primitive knows the size; it checks the ids again.
-    vocab = len(weight) if vocab_group is None else 2**31
-    topk = _present(teacher, "kl_weight").checked_topk(valid, vocab) if kl_weight else None
+    ref_sums = _reference_sums(ref_logps, labels).chunk(2) if beta_ref else (None, None)
+    teacher_sums = _present(teacher, "beta_teacher").answer_logps(valid).chunk(2) if beta_teacher else (None, None)
+    topk = _present(teacher, "kl_weight").checked_topk(valid) if kl_weight else None
 
-    selected = _primitive(vocab_group, grad_tolerance)(
-        hidden, weight, labels, None if topk is None else topk.topk_ids, bias=bias, logit_scale=logit_scale,
-        softcap=softcap, temperature=temperature, ignore_index=ignore_index, backend=backend,
-        memory_budget=memory_budget,
+    selected = _selected_logps(
+        hidden, Head.of(weight, head_options), labels, None if topk is None else topk.topk_ids, ignore_index,
+        Run(backend, memory_budget, grad_tolerance), vocab_group,
     )  # fmt: skip
 
     n_pairs, n_chosen, n_rejected = counts.unbind()
@@ -155,12 +147,13 @@ def linear_dadpo_loss(
     def pair_mean(values: Tensor) -> Tensor:
         return _ratio(values.masked_fill(incomplete, 0).sum(), n_pairs)
 
+    # The preference term.
     chosen_logps, rejected_logps = selected.label.sum(-1).chunk(2)
     loss = chosen_logps.new_zeros(())
     metrics = {"logps/chosen": pair_mean(chosen_logps), "logps/rejected": pair_mean(rejected_logps)}
     if beta_ref or beta_teacher:
         losses, chosen_rewards, rejected_rewards = dadpo_loss(
-            chosen_logps, rejected_logps, *ref, *told, beta_ref=beta_ref, beta_teacher=beta_teacher,
+            chosen_logps, rejected_logps, *ref_sums, *teacher_sums, beta_ref=beta_ref, beta_teacher=beta_teacher,
             loss_type=loss_type, label_smoothing=label_smoothing,
             chosen_lengths=chosen_lengths.clamp(min=1), rejected_lengths=rejected_lengths.clamp(min=1),
         )  # fmt: skip
@@ -171,6 +164,7 @@ def linear_dadpo_loss(
             "rewards/accuracies": pair_mean((chosen_rewards > rejected_rewards).to(losses.dtype)),
             "rewards/margins": pair_mean(chosen_rewards - rejected_rewards),
         }
+    # The token-level divergence from the teacher.
     if topk is not None:
         pairs = len(labels) // 2
         rows, n_tokens = {
@@ -184,16 +178,16 @@ def linear_dadpo_loss(
             return _ratio(values.masked_fill(masked, 0).sum(), n_tokens)
 
         student, student_tail = selected.topk[rows], selected.tail[rows]
-        expected, expected_tail = topk.topk_logps[rows], topk.topk_tail[rows]
+        teacher_topk, teacher_tail = topk.topk_logps[rows], topk.topk_tail[rows]
         per_token = topk_divergence(
-            student, student_tail, expected, expected_tail,
+            student, student_tail, teacher_topk, teacher_tail,
             kind=divergence, support=support, js_mix=js_mix, kd_temperature=kd_temperature,
         )  # fmt: skip
         kl = token_mean(per_token)
         loss = loss + kl_weight * kl
         metrics |= {
             "distill/kl": kl,
-            "distill/teacher_mass": token_mean(expected.exp().sum(-1)),
+            "distill/teacher_mass": token_mean(teacher_topk.exp().sum(-1)),
             "distill/student_mass": token_mean(student.detach().exp().sum(-1)),
         }
     if sft_weight:
@@ -204,7 +198,7 @@ def linear_dadpo_loss(
 class LinearDaDPOLoss(nn.Module):
     """`linear_dadpo_loss` with its options fixed at construction, where they are checked. It has no parameters.
 
-    The arguments are those of `linear_dadpo_loss`.
+    The arguments are those of `linear_dadpo_loss`; the head and its options come with each call.
     """
 
     def __init__(
@@ -216,14 +210,11 @@ class LinearDaDPOLoss(nn.Module):
         label_smoothing: float = 0.0,
         sft_weight: float = 0.0,
         kl_weight: float = 0.0,
-        kl_on: Answers = "both",
+        kl_on: Sides = "both",
         divergence: DivergenceKind = "forward_kl",
         support: Support = "tail",
         js_mix: float = 0.5,
         kd_temperature: float = 1.0,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
         ignore_index: int = -100,
         backend: str = "auto",
         memory_budget: int | None = None,
@@ -244,48 +235,44 @@ class LinearDaDPOLoss(nn.Module):
             "kd_temperature": kd_temperature,
         }
         _check_options(**objective)
-        head = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
-        check_tolerance(grad_tolerance)
-        run = {
-            "ignore_index": ignore_index,
-            "backend": backend,
-            "memory_budget": memory_budget,
-            "grad_tolerance": grad_tolerance,
-        }
-        self.options = objective | head | run
+        run = Run(backend, memory_budget, grad_tolerance)
+        self.options = {**objective, "ignore_index": ignore_index, **vars(run)}
 
     def forward(
         self,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | Head,
         labels: Tensor,
         *,
         ref_logps: Tensor | None = None,
         teacher: TeacherTargets | None = None,
-        bias: Tensor | None = None,
         counts: Tensor | None = None,
         vocab_group: ProcessGroup | None = None,
+        **head_options: Unpack[HeadOptions],
     ) -> DaDPOOutput:
         return linear_dadpo_loss(
-            hidden, weight, labels, ref_logps=ref_logps, teacher=teacher, bias=bias, counts=counts,
-            vocab_group=vocab_group, **self.options,
+            hidden, weight, labels, ref_logps=ref_logps, teacher=teacher, counts=counts, vocab_group=vocab_group,
+            **self.options, **head_options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _primitive(vocab_group: ProcessGroup | None, grad_tolerance: float | None) -> Callable[..., SelectedLogps]:
+def _selected_logps(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    topk_ids: Tensor | None,
+    ignore_index: int,
+    run: Run,
+    vocab_group: ProcessGroup | None,
+) -> SelectedLogps:
     if vocab_group is None:
-        return partial(linear_selected_logps, grad_tolerance=grad_tolerance)
-    if grad_tolerance is not None:
-        raise ValueError(
-            f"grad_tolerance={grad_tolerance} and a vocab_group: a sharded vocabulary has exact gradients only; "
-            "pass grad_tolerance=None"
-        )
-    from ..ops.vocab_parallel import vocab_parallel_selected_logps  # here: DTensor takes as long to import as torch
+        return selected_logps_of(hidden, head, labels, topk_ids, ignore_index, run)
+    from ..ops.vocab_parallel import vocab_parallel_of  # here: DTensor takes as long to import as torch
 
-    return partial(vocab_parallel_selected_logps, group=vocab_group)
+    return vocab_parallel_of(hidden, head, labels, topk_ids, ignore_index, run, vocab_group)
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
@@ -311,8 +298,8 @@ def _check_options(
     for name, value in (("sft_weight", sft_weight), ("kl_weight", kl_weight)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}: 0 switches its term off")
-    if kl_on not in get_args(Answers):
-        raise ValueError(f"unknown kl_on {kl_on!r}: choose one of {', '.join(get_args(Answers))}")
+    if kl_on not in get_args(Sides):
+        raise ValueError(f"unknown kl_on {kl_on!r}: choose one of {', '.join(get_args(Sides))}")
     if beta_ref == beta_teacher == sft_weight == kl_weight == 0:
         raise ValueError(
             "beta_ref, beta_teacher, sft_weight and kl_weight are all 0, which leaves no loss: "

@@ -1,15 +1,15 @@
 """daDPO and the other preference losses, on the log-probabilities of whole answers."""
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.checks import require
+from .options import LossType
 
-LossType = Literal["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
 LENGTH_NORMALIZED = ("sigmoid_norm", "ipo")
 SMOOTHABLE = ("sigmoid", "sigmoid_norm", "robust")
 
@@ -78,6 +78,7 @@ def dadpo_loss(
     _check_logps("chosen_logps", chosen_logps, chosen_logps)
     _check_logps("rejected_logps", rejected_logps, chosen_logps)
     chosen = rejected = torch.zeros_like(chosen_logps)
+    # Rewards: what the policy's log-probability exceeds each of the others by, weighted.
     for weight, name, other_chosen, other_rejected in (
         (beta_ref, "ref", ref_chosen_logps, ref_rejected_logps),
         (beta_teacher, "teacher", teacher_chosen_logps, teacher_rejected_logps),
@@ -90,6 +91,7 @@ def dadpo_loss(
         _check_logps(f"{name}_rejected_logps", other_rejected, chosen_logps)
         chosen = chosen + weight * (chosen_logps - other_chosen)
         rejected = rejected + weight * (rejected_logps - other_rejected)
+    # The margin, per token where the loss is.
     margin = chosen - rejected
     if loss_type in LENGTH_NORMALIZED:
         if chosen_lengths is None or rejected_lengths is None:

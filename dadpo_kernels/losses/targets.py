@@ -1,5 +1,6 @@
-"""What a batch of preference pairs knows of its teacher: the one type between the cache and the loss."""
+"""The teacher's log-probabilities of a batch of pairs: the one type between the cache and the losses."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ class TeacherTargets(NamedTuple):
     """The teacher's log-probabilities at every answer token of a batch of pairs, chosen rows first, rejected second.
 
     All are in nats, under the teacher's softmax over its *whole* vocabulary (never renormalised on the top-k), so
-    that `exp(topk_logps).sum(-1) + exp(topk_tail) == 1` up to rounding. The realised token is stored beside the
-    top-k because the student's own answers often hold tokens that are outside it.
+    that `exp(topk_logps).sum(-1) + exp(topk_tail) == 1` up to rounding. The realised token's is stored in addition to
+    the top-k, because the student's own answers often hold tokens that are outside it.
 
     Positions without a label hold zeros and are never read. Within a row of `topk_ids` no id occurs twice.
 
@@ -28,6 +29,25 @@ class TeacherTargets(NamedTuple):
     topk_ids: Tensor
     topk_logps: Tensor
     topk_tail: Tensor
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Names of the fields in a batch: `teacher_label_logps`, `teacher_topk_ids`, ..."""
+        return tuple(f"teacher_{name}" for name in cls._fields)
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Tensor]) -> "TeacherTargets":
+        """The targets in a batch of `PairCollator`, its `teacher_*` columns.
+
+        Raises:
+            ValueError: some of them are missing; the message names them.
+        """
+        if missing := [column for column in cls.columns() if column not in batch]:
+            raise ValueError(
+                f"the batch has no {', '.join(missing)}: train on a PairDataset with PairCollator, or give these "
+                "columns in your data collator as PairCollator does"
+            )
+        return cls(*(batch[column] for column in cls.columns()))
 
     def answer_logps(self, valid: Tensor) -> Tensor:
         """`[2B]`: the teacher's log-probability of each answer, the sum of `label_logps` where `valid [2B, T]`.
@@ -44,26 +64,18 @@ class TeacherTargets(NamedTuple):
         wide = torch.promote_types(self.label_logps.dtype, torch.float32)
         return self.label_logps.masked_fill(~valid, 0).sum(-1, dtype=wide)
 
-    def checked_topk(self, valid: Tensor, vocabulary: int) -> "TeacherTargets":
+    def checked_topk(self, valid: Tensor) -> "TeacherTargets":
         """Itself, or ValueError if `topk_ids`, `topk_logps` and `topk_tail` cannot be compared with a student's.
 
         Their shapes must go with that of `valid [2B, T]`, and where it is true log-probabilities must be neither NaN
-        nor positive and ids below `vocabulary`, the rows of the student's head.
+        nor positive. The primitive checks the ids.
         """
-        masked = ~valid[..., None]
         _check_shape("topk_tail", self.topk_tail, valid.shape)
         _check_shape("topk_logps", self.topk_logps, (*valid.shape, self.topk_logps.shape[-1]))
         _check_shape("topk_ids", self.topk_ids, self.topk_logps.shape)
         remedy = "a log-probability is needed wherever there is a label"
-        require(is_logp(self.topk_logps) | masked, self.topk_logps, "teacher.topk_logps", remedy)
+        require(is_logp(self.topk_logps) | ~valid[..., None], self.topk_logps, "teacher.topk_logps", remedy)
         require(is_logp(self.topk_tail) | ~valid, self.topk_tail, "teacher.topk_tail", remedy)
-        require(
-            (self.topk_ids >= 0) & (self.topk_ids < vocabulary) | masked,
-            self.topk_ids,
-            "teacher.topk_ids",
-            f"the student's head has {vocabulary} rows and every id must be one of them: resize the student's "
-            "embeddings to the teacher's vocabulary, or capture from a teacher of its family",
-        )
         return self
 
 

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..losses.linear_loss import DaDPOOutput
-from .lm_head import LMHead, head_module, lm_head
+from ..ops.head import Head
+from .lm_head import head_module, lm_head
 
 
 def loss_in_forward(
-    wrapped: nn.Module, model: nn.Module, hidden: Callable[[], Tensor], loss: Callable[[Tensor, LMHead], DaDPOOutput]
+    wrapped: nn.Module, model: nn.Module, hidden: Callable[[], Tensor], loss: Callable[[Tensor, Head], DaDPOOutput]
 ) -> DaDPOOutput:
     """`loss(hidden(), lm_head(model))`, computed inside the forwards of `wrapped`, of `model` and of its head.
 
@@ -60,15 +61,15 @@ class _Unrounded(torch.autograd.Function):
 
 def _call(wrapped: nn.Module, module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
     """`wrapped(*args)`, in which `forward` stands in for the forward of `module`."""
-    own = vars(module).get("forward")  # accelerate puts an autocast there
+    instance_forward = vars(module).get("forward")  # accelerate puts an autocast there
     vars(module)["forward"] = forward
     try:
         return wrapped(*args)
     finally:
-        if own is None:
+        if instance_forward is None:
             del vars(module)["forward"]
         else:
-            vars(module)["forward"] = own
+            vars(module)["forward"] = instance_forward
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """A transformers causal LM as the losses see it: its hidden states and the head that would turn them into logits."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops.head import Head
 
 # What the families do to `hidden @ weight.T` before the softmax, by the names in their configurations.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
@@ -12,24 +14,10 @@ _DIVISOR = "logits_scaling"  # Granite, MiniCPM3
 _DIVISOR_MULTIPLIES = ("hyperclovax",)  # the one family that multiplies by its `logits_scaling`
 
 
-class LMHead(NamedTuple):
-    """`logits = softcap(logit_scale * (hidden @ weight.T + bias))`, `softcap(z) = c tanh(z/c)` or nothing.
+def lm_head(model: nn.Module) -> Head:
+    """The head of a causal LM of transformers, for any function of this package in place of `weight`.
 
-    Attributes:
-        weight: `[V, H]`, the parameter itself, so that gradients reach it (tied with the embedding or not).
-        bias: `[V]`, or None.
-        logit_scale: factor of the logits.
-        softcap: `c`, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-
-def lm_head(model: nn.Module) -> LMHead:
-    """The head of a causal LM of transformers, ready for `linear_selected_logps` and `linear_topk_logps`.
+    Its tensors are the parameters themselves, so that gradients reach them (tied with the embedding or not).
 
     Wrappers of PEFT, `torch.compile` and data parallelism are looked through. The scale and the softcap are read from
     the configuration; `check_lm_head` compares the result with the model's own logits.
@@ -50,7 +38,7 @@ def lm_head(model: nn.Module) -> LMHead:
     if divisor := _number(config, _DIVISOR):
         scale = scale * divisor if config.model_type in _DIVISOR_MULTIPLIES else scale / divisor
     softcap = next((c for name in _SOFTCAPS if (c := _number(config, name))), None)
-    return LMHead(head.weight, head.bias, scale, softcap)
+    return Head(head.weight, head.bias, scale, softcap)
 
 
 def head_module(model: nn.Module) -> nn.Linear:
@@ -110,22 +98,20 @@ def check_lm_head(model: nn.Module) -> None:
     causal.eval()
     try:
         with torch.autocast(device.type, enabled=False):
-            own = causal(input_ids=input_ids, use_cache=False).logits
+            model_logits = causal(input_ids=input_ids, use_cache=False).logits
             hidden = hidden_states(causal, input_ids, torch.ones_like(input_ids))
     finally:
         causal.train(training)
-    if not own.isfinite().all():
+    if not model_logits.isfinite().all():
         raise ValueError(
             f"{type(causal).__name__} gives NaN or infinite logits: check its weights, or load it in another dtype "
             "(float16 overflows where bfloat16 does not)"
         )
     hidden = hidden.to(head.weight.device, head.weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = nn.functional.linear(hidden, head.weight, head.bias) * head.logit_scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    error = (logits.to(own.device) - own).abs().max().item()
-    allowed = max(4 * torch.finfo(head.weight.dtype).eps, 1e-5) * own.abs().max().item()
+        logits = head.transform(nn.functional.linear(hidden, head.weight, head.bias), None)
+    error = (logits.to(model_logits.device) - model_logits).abs().max().item()
+    allowed = max(4 * torch.finfo(head.weight.dtype).eps, 1e-5) * model_logits.abs().max().item()
     if not error <= allowed:
         raise ValueError(
             f"the logits of {type(causal).__name__} are not those of its head (they differ by {error:.3g}, rounding "

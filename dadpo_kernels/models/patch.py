@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..ops.selected_logps import SelectedLogps, linear_selected_logps
+from ..ops.head import Head
+from ..ops.run import Run
+from ..ops.selected_logps import SelectedLogps, selected_logps_of
 from .distributed import check_on_first_rank, unrounded
-from .lm_head import LMHead, check_lm_head, head_module, lm_head, unwrap
+from .lm_head import check_lm_head, head_module, lm_head, unwrap
 
 IGNORE_INDEX = -100
-Observer = Callable[[Tensor, LMHead, Tensor], None]  # hidden [B, S, H], head, aligned labels [B, S]
+Observer = Callable[[Tensor, Head, Tensor], None]  # hidden [B, S, H], head, aligned labels [B, S]
 
 
 @dataclass
@@ -47,7 +49,13 @@ class SelectedLogpsOutput(ModelOutput):
     attentions: Any = None
 
 
-def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None = None) -> nn.Module:
+def patch(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+    grad_tolerance: float | None = None,
+) -> nn.Module:
     """Make `model(..., labels=labels)` compute its loss from the fused primitive, without `[B, S, V]` logits.
 
         loss = -Σ log π(labels[:, 1:]) / (number of these labels, or num_items_in_batch)    + the model's router loss
@@ -61,7 +69,7 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
 
     Args:
         model: a causal LM of transformers, or one in a wrapper (PEFT, `torch.compile`, data parallelism).
-        backend, memory_budget: see `linear_selected_logps`.
+        backend, memory_budget, grad_tolerance: see `linear_selected_logps`.
 
     Returns:
         `model` itself.
@@ -71,10 +79,11 @@ def patch(model: nn.Module, *, backend: str = "auto", memory_budget: int | None 
             model's own logits and loss with the patched ones, so call it before the model is sharded.
     """
     causal = unwrap(model)
+    run = Run(backend, memory_budget, grad_tolerance)
     head_module(causal)  # every rank refuses what it can see
 
-    def with_labels(self: Any, run: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
-        return selected_forward(self, run, kwargs, backend=backend, memory_budget=memory_budget)
+    def with_labels(self: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
+        return selected_forward(self, forward, kwargs, run)
 
     def check(causal: nn.Module) -> None:
         check_lm_head(causal)
@@ -96,8 +105,10 @@ def replace_forward(
     @functools.wraps(type(causal).forward)  # trainers and `generate` read the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The class's forward is bound here, not outside, so that a deep copy of the model runs its own layers.
-        run = earlier or types.MethodType(type(self).forward, self)
-        return instead(self, functools.partial(run, *args), kwargs) if wanted(kwargs) else run(*args, **kwargs)
+        original = earlier or types.MethodType(type(self).forward, self)
+        if wanted(kwargs):
+            return instead(self, functools.partial(original, *args), kwargs)
+        return original(*args, **kwargs)
 
     forward.behind = earlier  # type: ignore[attr-defined]
     causal.forward = types.MethodType(forward, causal)
@@ -112,14 +123,12 @@ def _instance_forward(causal: Any) -> Callable[..., Any] | None:
 @torch.compiler.disable  # Dynamo does not follow attributes that come and go
 def selected_forward(
     causal: Any,
-    run: Callable[..., Any],
+    forward: Callable[..., Any],
     kwargs: dict[str, Any],
-    *,
-    backend: str,
-    memory_budget: int | None,
+    run: Run,
     observe: Observer | None = None,
 ) -> SelectedLogpsOutput:
-    """`run(**kwargs)`, a forward of `causal` with labels, on the fused primitive instead of head and loss function.
+    """`forward(**kwargs)` of `causal`, with labels, on the fused primitive instead of head and loss function.
 
     `observe` is called with what the head is applied to, for statistics of one's own.
     """
@@ -136,15 +145,12 @@ def selected_forward(
         _check_hidden(causal, hidden, shift_labels, again=bool(selected))
         head = lm_head(causal)
         device = head.weight.device  # with a device map, the layers may end on another one
-        here, aligned = hidden.to(device), shift_labels.to(device)
+        hidden, aligned = hidden.to(device), shift_labels.to(device)
         ids = None if topk_ids is None else topk_ids.to(device)
-        logps = linear_selected_logps(
-            here, head.weight, aligned, ids, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-            ignore_index=IGNORE_INDEX, backend=backend, memory_budget=memory_budget,
-        )  # fmt: skip
+        logps = selected_logps_of(hidden, head, aligned, ids, IGNORE_INDEX, run)
         selected.append(SelectedLogps(*(values.clone() for values in logps)))  # FSDP2 warns of views
         if observe is not None:
-            observe(here, head, aligned)
+            observe(hidden, head, aligned)
         return tuple(selected[0])
 
     def behind_other_hooks(head: nn.Module, inputs: tuple[Tensor], hooked: tuple[Tensor, ...]) -> Tensor:
@@ -162,14 +168,14 @@ def selected_forward(
         stack.enter_context(_attribute(head, "forward", head_instead))
         stack.callback(head.register_forward_hook(behind_other_hooks).remove)  # the last one, so it runs last
         stack.enter_context(_attribute(causal, "_loss_function", loss_instead))
-        output = run(**{"use_cache": False, **kwargs, "labels": labels, "return_dict": True})
+        output = forward(**{"use_cache": False, **kwargs, "labels": labels, "return_dict": True})
     if not losses:
         raise ValueError(
             f"{type(causal).__name__} computes its loss itself instead of calling its loss_function: compute the loss "
             "from hidden_states(model) and lm_head(model) with the functions of dadpo_kernels"
         )
-    kept = {name: output.get(name) for name in ("aux_loss", "router_logits", "hidden_states", "attentions")}
-    return SelectedLogpsOutput(loss=output.loss, selected_logps=selected[0], **kept)
+    others = {name: output.get(name) for name in ("aux_loss", "router_logits", "hidden_states", "attentions")}
+    return SelectedLogpsOutput(loss=output.loss, selected_logps=selected[0], **others)
 
 
 def _labels(kwargs: dict[str, Any]) -> Any:
@@ -211,13 +217,13 @@ def _check_loss(causal: Any, with_labels: Callable[..., SelectedLogpsOutput]) ->
     causal.eval()
     try:
         with torch.autocast(embedding.device.type, enabled=False):
-            run = _instance_forward(causal) or types.MethodType(type(causal).forward, causal)
-            own, ours = run(**call).loss.item(), with_labels(causal, run, call).loss.item()
+            forward = _instance_forward(causal) or types.MethodType(type(causal).forward, causal)
+            theirs, ours = forward(**call).loss.item(), with_labels(causal, forward, call).loss.item()
     finally:
         causal.train(training)
-    allowed = max(8 * torch.finfo(embedding.dtype).eps, 1e-5) * max(1.0, abs(own))
-    if not abs(own - ours) <= allowed:
+    allowed = max(8 * torch.finfo(embedding.dtype).eps, 1e-5) * max(1.0, abs(theirs))
+    if not abs(theirs - ours) <= allowed:
         raise ValueError(
-            f"the loss of {type(causal).__name__} is {own:.6g}, that of its labels under its head {ours:.6g}: it is "
-            "not the cross-entropy of the next token"
+            f"the loss of {type(causal).__name__} is {theirs:.6g}, that of its labels under its head {ours:.6g}: it "
+            "is not the cross-entropy of the next token"
         )

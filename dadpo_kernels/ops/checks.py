@@ -1,11 +1,15 @@
-"""Checks of values, which on a GPU must not wait for the device."""
+"""Checks of values and ids, made before a kernel sees an address. Messages name argument, value and remedy."""
 
 import torch
 from torch import Tensor
 
+INTEGERS = (torch.int64, torch.int32)
 
-def require(ok: Tensor, values: Tensor, name: str, remedy: str) -> None:
+
+def require(ok: Tensor, values: Tensor, name: str, remedy: str, index: Tensor | None = None) -> None:
     """Raise ValueError at the first position of `values` that is not `ok`; both have the same shape.
+
+    Where `values` are those of the tokens at `index`, the message counts all tokens.
 
     On a GPU, and in a compiled graph, the condition is asserted on the device instead: the program stops with the
     same message, a little later, and no kernel launch waits for the answer.
@@ -14,9 +18,41 @@ def require(ok: Tensor, values: Tensor, name: str, remedy: str) -> None:
         torch._assert_async(ok.all(), f"{name}: {remedy}")
     elif not ok.all():
         first = (~ok).nonzero()[0].tolist()
-        raise ValueError(f"{name}{first} is {values[tuple(first)].item()}: {remedy}")
+        value = values[tuple(first)].item()
+        if index is not None:
+            first[0] = index[first[0]].item()
+        raise ValueError(f"{name}{first} is {value}: {remedy}")
 
 
 def is_logp(values: Tensor) -> Tensor:
     """Not NaN and not positive, except for the rounding of a log-probability near 0."""
     return values <= 1e-3
+
+
+def check_storage(weight: Tensor) -> None:
+    """Raise RuntimeError if an engine took the memory of `weight` back: a kernel would read it all the same."""
+    if weight.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            f"the memory of weight {list(weight.shape)} was freed by the engine that sharded it (FSDP): run the loss "
+            "inside the forward of the module that holds it, so that it is gathered again for the backward"
+        )
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.device, extra: int = 0) -> None:
+    """Integer ids on the right device whose leading dimensions are `shape`, followed by `extra` more."""
+    if ids.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {ids.dtype}; expected int64 or int32")
+    if ids.shape[: ids.dim() - extra] != shape or ids.dim() != len(shape) + extra:
+        wanted = f"{tuple(shape)}" + (" followed by K" if extra else "")
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}; expected {wanted}, the leading dimensions of hidden")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device} and hidden on {device}; move it there")
+
+
+def check_range(name: str, ids: Tensor, vocab: int, index: Tensor) -> None:
+    """Every id of the tokens at `index` (of all tokens, flattened) lies in `[0, vocab)`."""
+    remedy = (
+        f"outside the head's vocabulary [0, {vocab}); mask positions with ignore_index; for teacher ids, resize the "
+        "student's embeddings to the teacher's vocabulary, or use a teacher of the student's family"
+    )
+    require((ids >= 0) & (ids < vocab), ids, name, remedy, index)

@@ -6,10 +6,6 @@ One unit of work is one `N·V·H` matrix product (`2·N·V·H` floating-point op
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-DEFAULT_BUDGET = 256 * 2**20
-LIVE_WORKSPACE = 48 * 2**20  # bytes, in the live plan, of a chunk's logits, and of the weight of a backward's tile
-LIVE_TILE = 16384  # columns of such a tile at most
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,71 +64,16 @@ def make_plan(
     vocab: int,
     tile: int,
     tile_bytes: Callable[[int], int],
-    budget: int,
+    memory_budget: int,
     grad_hidden: bool,
     grad_weight: bool,
 ) -> Plan:
-    """Retains as many tiles, of `tile_bytes(columns)` each, as fit into `budget` bytes; none without a backward."""
+    """Retains as many tiles, of `tile_bytes(columns)` each, as fit into the budget; none without a backward."""
     full, last = divmod(vocab, tile)
-    each, whole = tile_bytes(tile), full * tile_bytes(tile) + (tile_bytes(last) if last else 0)
+    one_tile, all_tiles = tile_bytes(tile), full * tile_bytes(tile) + (tile_bytes(last) if last else 0)
     if not rows or not (grad_hidden or grad_weight):
         return Plan(rows, vocab, tile, 0, 0, grad_hidden, grad_weight)
-    if whole <= budget:
-        return Plan(rows, vocab, tile, full + bool(last), whole, grad_hidden, grad_weight)
-    retained = min(full, budget // each)
-    return Plan(rows, vocab, tile, retained, retained * each, grad_hidden, grad_weight)
-
-
-@dataclass(frozen=True)
-class LivePlan:
-    """A pass over chunks of tokens that is exact on the live columns of each chunk: see `backends/live.py`.
-
-    Attributes:
-        rows, vocab, tile: as in `Plan`; tiles bound the backward's workspace.
-        chunk: tokens that share their live columns, the last chunk may have fewer.
-        profile_bytes: what the chunks' profiles occupy between forward and backward.
-        budget: bytes for the exponentials of live columns, kept as far as they fit.
-        tolerance: bound of the relative error of the gradient of the logits.
-    """
-
-    rows: int
-    vocab: int
-    tile: int
-    chunk: int
-    profile_bytes: int
-    budget: int
-    tolerance: float
-
-    @property
-    def chunks(self) -> list[slice]:
-        """The rows of every chunk, in order."""
-        return [slice(first, min(first + self.chunk, self.rows)) for first in range(0, self.rows, self.chunk)]
-
-    @property
-    def tiles(self) -> list[tuple[int, int]]:
-        """`(first column, columns)` of every tile, in order."""
-        return [(first, min(self.tile, self.vocab - first)) for first in range(0, self.vocab, self.tile)]
-
-
-def live_chunk(vocab: int) -> int:
-    """Tokens of a chunk: as many as its workspace holds, in whole panels of any CPU's product (64)."""
-    return min(512, max(64, LIVE_WORKSPACE // (4 * vocab) // 64 * 64))
-
-
-def profile_bytes(tokens: int, vocab: int, itemsize: int) -> int:
-    """One number per column and chunk, float32 at least."""
-    return -(-tokens // live_chunk(vocab)) * vocab * max(4, itemsize)
-
-
-def live_bytes(tokens: int, vocab: int, itemsize: int, budget: int) -> int:
-    """The buffer of a live pass over at most `tokens`: profiles, and exponentials within the budget."""
-    return profile_bytes(tokens, vocab, itemsize) + min(budget, tokens * vocab * itemsize)
-
-
-def make_live_plan(
-    tokens: int, rows: int, vocab: int, width: int, itemsize: int, buffer: int, tolerance: float
-) -> LivePlan:
-    """The live plan over `rows` of `tokens` tokens, with a buffer of `live_bytes` for all of them."""
-    profiles = profile_bytes(tokens, vocab, itemsize)
-    tile = min(vocab, LIVE_TILE, max(1024, LIVE_WORKSPACE // (4 * width)))
-    return LivePlan(rows, vocab, tile, live_chunk(vocab), profiles, buffer - profiles, tolerance)
+    if all_tiles <= memory_budget:
+        return Plan(rows, vocab, tile, full + bool(last), all_tiles, grad_hidden, grad_weight)
+    retained = min(full, memory_budget // one_tile)
+    return Plan(rows, vocab, tile, retained, retained * one_tile, grad_hidden, grad_weight)

@@ -1,13 +1,16 @@
 """What trainers log about the next-token distribution and no loss needs: one product of the head, no gradient."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from . import head_checks as checks
-from .backends.base import Entries, Head, statistic_dtype
+from . import checks
+from .autocast import without_autocast
+from .backends.base import Entries, accumulator_dtype
 from .backends.torch_ import TorchTiles, finite
+from .head import Head, HeadOptions
+from .valid_tokens import compact, spread
 
 
 class TokenStatistics(NamedTuple):
@@ -29,19 +32,16 @@ class TokenStatistics(NamedTuple):
 @torch.no_grad()
 def linear_token_statistics(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
     ignore_index: int = -100,
+    **head_options: Unpack[HeadOptions],
 ) -> TokenStatistics:
     """Statistics of the whole next-token distribution without `[tokens, V]` logits, in plain PyTorch on any device.
 
     Args:
-        hidden, weight, labels, bias, logit_scale, softcap, temperature, ignore_index: see `linear_selected_logps`.
+        hidden, weight, labels, ignore_index, head_options: see `linear_selected_logps`.
 
     Returns:
         TokenStatistics, float32 (float64 for float64 inputs).
@@ -49,25 +49,29 @@ def linear_token_statistics(
     Raises:
         TypeError, ValueError: as `linear_selected_logps`.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    checks.check_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    hidden, head = Head.of(weight, head_options).prepare(hidden)
     checks.check_ids("labels", labels, hidden.shape[:-1], hidden.device)
-    valid = labels != ignore_index
-    y = labels[valid]
-    checks.check_range("labels", y, len(weight))
-    rows, dtype = hidden[valid], statistic_dtype(hidden.dtype)
-    tiles = TorchTiles(rows, Head(weight, bias, logit_scale, softcap, temperature), Entries.merge(y, None))
+    flat = labels.reshape(-1)
+    index = (flat != ignore_index).nonzero()[:, 0]
+    y = flat[index]
+    checks.check_range("labels", y, len(head.weight), index)
+    values = _statistics(compact(hidden.reshape(-1, hidden.shape[-1]), index), head, y)
+    return TokenStatistics(*(spread(v, index, flat).view(labels.shape) for v in values))
+
+
+@without_autocast
+def _statistics(rows: Tensor, head: Head, y: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `TokenStatistics` of `rows [n, H]` with labels `y [n]`."""
+    vocab, dtype = len(head.weight), accumulator_dtype(rows.dtype)
+    tiles = TorchTiles(rows, head, Entries.merge(y, None))
     tile = TorchTiles.tile_columns(len(rows), rows.shape[1], rows.dtype)
 
     # Sums of e = exp(z - top): of e, e², z and -e log e. When the top rises by d, e shrinks by r = exp(-d).
     top = rows.new_full((len(rows),), -torch.inf, dtype=dtype)
     argmax = torch.zeros_like(y)
     total, squares, plogp, logits_sum = (torch.zeros_like(top) for _ in range(4))
-    for first in range(0, len(weight), tile):
-        z = tiles.logits(first, min(tile, len(weight) - first))
+    for first in range(0, vocab, tile):
+        z = tiles.logits(first, min(tile, vocab - first))
         logits_sum += z.sum(1)
         tile_top, at = z.max(1)
         argmax = torch.where(tile_top > top, first + at, argmax)
@@ -81,12 +85,4 @@ def linear_token_statistics(
         plogp += torch.special.entr(e).sum(1)
         top = torch.maximum(top, tile_top)
 
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(labels.shape).masked_scatter_(valid, values)
-
-    return TokenStatistics(
-        spread(total.log() + plogp / total),
-        spread(logits_sum / len(weight)),
-        spread(squares.log() - 2 * total.log()),
-        spread(argmax == y),
-    )
+    return total.log() + plogp / total, logits_sum / vocab, squares.log() - 2 * total.log(), argmax == y

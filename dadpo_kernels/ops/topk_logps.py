@@ -1,15 +1,19 @@
 """The primitive's sibling for the teacher: its top-k ids with log-probabilities, the tail, and the label's."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from . import head_checks as checks
+from . import checks
+from .autocast import without_autocast
 from .backends import cpu, reference
-from .backends.base import Best, Entries, Head, merge_tail, run_topk, statistic_dtype
+from .backends.base import Best, Entries, accumulator_dtype, merge_tail, run_topk
 from .backends.registry import BACKENDS, resolve
-from .selected_logps import plan_for
+from .head import Head, HeadOptions
+from .log import debug
+from .run import exact_plan
+from .valid_tokens import compact, spread
 
 
 class TopkLogps(NamedTuple):
@@ -27,16 +31,13 @@ class TopkLogps(NamedTuple):
 
 def linear_topk_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     k: int,
     *,
     labels: Tensor | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
     ignore_index: int = -100,
     backend: str = "auto",
+    **head_options: Unpack[HeadOptions],
 ) -> TopkLogps:
     """The k most likely tokens of `softmax(z)` and their log-probabilities, without `[tokens, V]` logits. No gradient.
 
@@ -48,35 +49,30 @@ def linear_topk_logps(
 
     Args:
         hidden: `[..., H]` float32, bfloat16, float16 or float64.
-        weight: `[V, H]` of the same dtype.
+        weight: `[V, H]` of the same dtype, or a `Head`.
         k: 0 to V.
         labels: `[...]` int64 or int32, aligned with hidden. Where it is `ignore_index` the token is skipped: ids,
             logps, tail and label are 0 there. None: every token counts and `label` is None.
-        bias, logit_scale, softcap, temperature, backend: as in `linear_selected_logps`.
+        ignore_index, backend, head_options: as in `linear_selected_logps`.
 
     Raises:
         TypeError, ValueError: as `linear_selected_logps`; k outside `[0, V]`.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    checks.check_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    hidden, head = Head.of(weight, head_options).map(Tensor.detach).prepare(hidden.detach())
     shape = hidden.shape[:-1]
-    if not 0 <= k <= len(weight):
-        raise ValueError(f"k={k} must lie in [0, V={len(weight)}]")
+    if not 0 <= k <= len(head.weight):
+        raise ValueError(f"k={k} must lie in [0, V={len(head.weight)}]")
     if labels is not None:
         checks.check_ids("labels", labels, shape, hidden.device)
     name = resolve(backend, hidden.device, hidden.dtype)
     if name == "cpu" and k > cpu.MAX_K:
         if backend == "cpu":
             raise ValueError(f'k={k} is above the cpu backend\'s {cpu.MAX_K}; use backend="torch"')
+        debug("k=%d is above the cpu backend's %d: torch runs it", k, cpu.MAX_K)
         name = "torch"
-    y = None if labels is None else labels.reshape(-1)
-    flat = hidden.detach().reshape(-1, hidden.shape[-1])
     ids, logps, tail, label = _topk_logps(
-        flat, weight.detach(), None if bias is None else bias.detach(), y, k,
-        logit_scale, softcap, temperature, ignore_index, name,
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, None if labels is None else labels.reshape(-1),
+        k, head.logit_scale, head.softcap, head.temperature, ignore_index, name,
     )  # fmt: skip
     return TopkLogps(
         ids.view(*shape, k), logps.view(*shape, k), tail.view(shape), None if labels is None else label.view(shape)
@@ -84,17 +80,18 @@ def linear_topk_logps(
 
 
 @torch.library.custom_op("dadpo::topk_logps", mutates_args=())
+@without_autocast
 def _topk_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H], of hidden's dtype
+    bias: Tensor | None,  # [V], of hidden's dtype
+    labels: Tensor | None,  # [N] int64 or int32
     k: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-    backend: str,
+    backend: str,  # a name in BACKENDS, or "reference"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(ids [N, k] int64, logps [N, k], tail [N], label [N])`."""
     if labels is None:
@@ -103,29 +100,24 @@ def _topk_logps(
     else:
         index = (labels != ignore_index).nonzero()[:, 0]
         y = labels[index]
-        checks.check_range("labels", y, len(weight))
-    rows = len(index)
-    compact = hidden.contiguous() if rows == len(hidden) else hidden[index]
+        checks.check_range("labels", y, len(weight), index)
+    head = Head(weight, bias, logit_scale, softcap, temperature)
+    valid = compact(hidden, index)
     if backend == "reference":
-        logits = reference.dense_logits(compact, weight, bias, logit_scale, softcap, temperature)
+        logits = reference.dense_logits(valid, head)
         ids, logps, tail = reference.topk_logps(logits, k)
         label = logits.log_softmax(-1).gather(1, y.long()[:, None])[:, 0]
     else:
-        ids, logps, tail, label = _tiled_topk(
-            compact, Head(weight, bias, logit_scale, softcap, temperature), y, k, backend
-        )
-
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(len(hidden), *values.shape[1:]).index_copy_(0, index, values)
-
-    return spread(ids), spread(logps), spread(tail), spread(label)
+        ids, logps, tail, label = _tiled_topk(valid, head, y, k, backend)
+    ids, logps, tail, label = (spread(values, index, hidden) for values in (ids, logps, tail, label))
+    return ids, logps, tail, label
 
 
 def _tiled_topk(hidden: Tensor, head: Head, labels: Tensor, k: int, backend: str) -> tuple[Tensor, ...]:
-    rows, vocab, dtype = len(hidden), len(head.weight), statistic_dtype(hidden.dtype)
+    rows, vocab, dtype = len(hidden), len(head.weight), accumulator_dtype(hidden.dtype)
     entries = Entries.merge(labels, None)
     tiles = BACKENDS[backend].tiles(hidden, head, entries)
-    plan = plan_for(rows, vocab, hidden.shape[1], hidden.dtype, backend=backend, memory_budget=0)
+    plan = exact_plan(backend, rows, vocab, hidden.shape[1], hidden.dtype, memory_budget=0)
     # Twice k: candidates are collected until the buffer is full and then cut back to the best k.
     best = Best(
         hidden.new_full((rows, 2 * k + 1), -torch.inf, dtype=dtype),
@@ -145,7 +137,7 @@ def _tiled_topk(hidden: Tensor, head: Head, labels: Tensor, k: int, backend: str
 
 @_topk_logps.register_fake
 def _(hidden, weight, bias, labels, k, logit_scale, softcap, temperature, ignore_index, backend):
-    n, dtype = len(hidden), statistic_dtype(hidden.dtype)
+    n, dtype = len(hidden), accumulator_dtype(hidden.dtype)
     return (
         hidden.new_empty(n, k, dtype=torch.int64),
         hidden.new_empty(n, k, dtype=dtype),

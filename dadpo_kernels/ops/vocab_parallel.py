@@ -11,7 +11,8 @@ N counts the tokens that are not masked. The tail is merged by its maximum and s
 logit has one owner and is -inf elsewhere, so its maximum is its value. The weight's gradient stays where it arises.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
@@ -19,27 +20,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Shard
 
-from . import head_checks as checks
-from .backends.base import State, run_statistics
-from .backends.registry import resolve
-from .plan import DEFAULT_BUDGET
-from .selected_logps import Compacted, SelectedLogps, buffer_bytes, spread
+from . import checks
+from .autocast import without_autocast
+from .backends.base import State, run_forward
+from .head import Head, HeadOptions
+from .run import Run
+from .selected_logps import SelectedLogps
+from .valid_tokens import ValidTokens, spread
 
 
 def vocab_parallel_selected_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     labels: Tensor,
     topk_ids: Tensor | None = None,
     *,
     group: dist.ProcessGroup,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
     ignore_index: int = -100,
     backend: str = "auto",
     memory_budget: int | None = None,
+    **head_options: Unpack[HeadOptions],
 ) -> SelectedLogps:
     """`linear_selected_logps` of the whole vocabulary, from a shard of the head on each rank of `group`.
 
@@ -53,12 +53,12 @@ def vocab_parallel_selected_logps(
     Args:
         hidden: `[..., H]`, the same on every rank.
         weight: the rank's rows of the head, in rank order, `[V_r, H]`: a plain tensor, or a DTensor `[V, H]` that is
-            `Shard(0)` on a one-dimensional mesh over `group`. Shards need not be equal.
+            `Shard(0)` on a one-dimensional mesh over `group`; or a `Head` of these. Shards need not be equal.
         labels, topk_ids: `[...]` and `[..., K]`, ids of the whole vocabulary, the same on every rank.
         group: the ranks that share the vocabulary.
-        bias: `[V_r]`, or a DTensor `[V]` like weight.
         memory_budget: bytes per rank.
-        logit_scale, softcap, temperature, ignore_index, backend: as in `linear_selected_logps`; not "reference".
+        ignore_index, backend: as in `linear_selected_logps`; not "reference".
+        head_options: as in `linear_selected_logps`; `bias` is `[V_r]`, or a DTensor `[V]` like weight.
 
     Raises:
         TypeError, ValueError: as `linear_selected_logps`; a shard without rows; labels that differ between the ranks;
@@ -66,51 +66,86 @@ def vocab_parallel_selected_logps(
 
     Source: the vocabulary-parallel cross entropy of Megatron-LM (arXiv 1909.08053), extended by top k and tail.
     """
-    if backend == "reference":
+    head = Head.of(weight, head_options)
+    return vocab_parallel_of(hidden, head, labels, topk_ids, ignore_index, Run(backend, memory_budget), group)
+
+
+def vocab_parallel_of(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    topk_ids: Tensor | None,
+    ignore_index: int,
+    run: Run,
+    group: dist.ProcessGroup,
+) -> SelectedLogps:
+    """`vocab_parallel_selected_logps` with the head and the ways to run it as one value each."""
+    if run.backend == "reference":
         raise ValueError('backend="reference" is dense, it would need the whole head; use "auto" or "torch"')
-    if memory_budget is not None and memory_budget < 0:
-        raise ValueError(f"memory_budget={memory_budget} is negative; pass bytes, 0 to keep nothing, or None")
-    weight = _local("weight", weight, group)
-    bias = None if bias is None else _local("bias", bias, group)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if run.grad_tolerance is not None:
+        raise ValueError(
+            f"grad_tolerance={run.grad_tolerance} and a vocab_group: a sharded vocabulary has exact gradients only; "
+            "pass grad_tolerance=None"
+        )
+    bias = None if head.bias is None else _local("bias", head.bias, group)
+    head = replace(head, weight=_local("weight", head.weight, group), bias=bias)
+    # Collective, so before any check that one rank alone may fail.
+    first, vocab = _place(head.weight, labels, topk_ids, ignore_index, group)
+    hidden, head = head.prepare(hidden)
     shape = hidden.shape[:-1]
-    first, vocab = _place(weight, labels, topk_ids, ignore_index, group)
-    checks.check_head(hidden, weight, bias, logit_scale, softcap, temperature)
     checks.check_ids("labels", labels, shape, hidden.device)
     if topk_ids is not None:
         checks.check_ids("topk_ids", topk_ids, shape, hidden.device, extra=1)
         topk_ids = topk_ids.reshape(labels.numel(), topk_ids.shape[-1])
     flat = hidden.reshape(-1, hidden.shape[-1])
-    tracked = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
     options = _Options(
-        (logit_scale, softcap, temperature),
+        head.logit_scale,
+        head.softcap,
+        head.temperature,
         ignore_index,
-        resolve(backend, hidden.device, hidden.dtype),
-        buffer_bytes(flat, weight, budget) if tracked and torch.is_grad_enabled() else 0,
+        run.resolve(hidden.device, hidden.dtype),
+        run.buffer_bytes(len(flat), len(head.weight), hidden.dtype) if tracked else 0,
         first,
         vocab,
     )
-    label, topk, tail = _VocabParallel.apply(flat, weight, bias, labels.reshape(-1), topk_ids, options, group)
+    label, topk, tail = _VocabParallel.apply(
+        flat, head.weight, head.bias, labels.reshape(-1), topk_ids, options, group
+    )
     return SelectedLogps(label.view(shape), topk.view(*shape, topk.shape[-1]), tail.view(shape))
 
 
 class _Options(NamedTuple):
-    """The arguments of `Compacted` behind the tensors."""
+    """What forward and backward need in addition to tensors and group."""
 
-    transform: tuple[float, float | None, float]
+    logit_scale: float
+    softcap: float | None
+    temperature: float
     ignore_index: int
     backend: str
-    retained_bytes: int
-    first: int
-    vocab: int
+    buffer_bytes: int
+    first: int  # id of this rank's first row
+    vocab: int  # rows of the whole head
+
+    def valid_tokens(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        topk_ids: Tensor | None,
+        checked: bool,
+    ) -> ValidTokens:
+        head = Head(weight, bias, self.logit_scale, self.softcap, self.temperature)
+        return ValidTokens(
+            hidden, head, labels, topk_ids, self.ignore_index, self.backend, self.buffer_bytes,
+            first=self.first, vocab=self.vocab, checked=checked,
+        )  # fmt: skip
 
 
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -121,22 +156,23 @@ class _VocabParallel(torch.autograd.Function):
         options: _Options,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, ...]:
-        c = Compacted(hidden, weight, bias, labels, topk_ids, *options)
-        retained = c.tiles.empty(options.retained_bytes, dtype=torch.uint8, device=hidden.device)
-        outputs = c.logps(_merged(run_statistics(c.tiles, c.plan, retained), group))
-        label, topk, tail, state = (spread(values, c.index, labels) for values in outputs)
+        valid = options.valid_tokens(hidden, weight, bias, labels, topk_ids, checked=False)
+        buffer = valid.tiles.empty(options.buffer_bytes, dtype=torch.uint8, device=hidden.device)
+        outputs = valid.logps(_merged(run_forward(valid.tiles, valid.plan, buffer), group))
+        label, topk, tail, state = (spread(values, valid.index, labels) for values in outputs)
         ctx.options, ctx.group = options, group
-        ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, retained)
+        ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer)
         return label, topk, tail
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, topk_ids, *outputs, state, retained = ctx.saved_tensors
-        c = Compacted(hidden, weight, bias, labels, topk_ids, *ctx.options)
-        g = c.gradients(outputs, grads, state, retained, ctx.needs_input_grad[:3])
-        index = c.index
-        del c  # its copies of hidden and its workspace make room for the gradient of all tokens
+        hidden, weight, bias, labels, topk_ids, *outputs, state, buffer = ctx.saved_tensors
+        valid = ctx.options.valid_tokens(hidden, weight, bias, labels, topk_ids, checked=True)
+        g = valid.gradients(outputs, grads, state, buffer, ctx.needs_input_grad[:3])
+        index = valid.index
+        del valid  # its copies of hidden and its workspace make room for the gradient of all tokens
         grad_hidden = None
         if g.hidden is not None:
             # Each rank adds its columns' share in float32; rounded once, after the sum.
@@ -178,11 +214,11 @@ def _place(
 ) -> tuple[int, int]:
     """The id of this rank's first row and the size of the vocabulary; all ranks raise if the labels differ."""
     k = 0 if topk_ids is None else topk_ids.shape[-1]
-    mine = labels.new_tensor([len(weight), labels.numel(), k, 0, 0], dtype=torch.int64)
-    mine[3], mine[4] = (labels != ignore_index).sum(), labels.sum()
-    every = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(every, mine, group=group)
-    sizes, *same = torch.stack(every, 1).tolist()
+    local = labels.new_tensor([len(weight), labels.numel(), k, 0, 0], dtype=torch.int64)
+    local[3], local[4] = (labels != ignore_index).sum(), labels.sum()
+    gathered = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(gathered, local, group=group)
+    sizes, *same = torch.stack(gathered, 1).tolist()
     names = ("number of labels", "k", "number of labels that count", "sum of labels")
     for name, values in zip(names, same, strict=True):
         if len(set(values)) > 1:

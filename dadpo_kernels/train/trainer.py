@@ -14,11 +14,10 @@ from ..cache.sampler import ShardSampler
 from ..losses.linear_loss import DaDPOOutput, pair_counts
 from ..losses.targets import TeacherTargets
 from ..models.distributed import check_engine, check_on_first_rank, loss_in_forward, mask_repeated_pairs
-from ..models.lm_head import LMHead, check_lm_head, hidden_states, lm_head
-from ..ops.live.diagnostics import live_diagnostics
+from ..models.lm_head import check_lm_head, hidden_states, lm_head
+from ..ops.head import Head
 from .config import DaDPOConfig
-
-LIVE_METRICS = ("certificate", "live_share", "exact_share", "units")  # of LiveDiagnostics, logged as live/*
+from .live_metrics import LiveMetrics
 
 
 class DaDPOTrainer(Trainer):
@@ -57,9 +56,9 @@ class DaDPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        head = lm_head(model)
+        lm_head(model)  # every rank refuses what it can see
         check_on_first_rank(model, check_lm_head)
-        self.linear_loss = args.loss(head.logit_scale, head.softcap)
+        self.linear_loss = args.loss()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
                 raise ValueError(
@@ -74,13 +73,13 @@ class DaDPOTrainer(Trainer):
                          processing_class=processing_class, **kwargs)  # fmt: skip
         check_engine(self.accelerator, args.n_gpu)
         self._shard_sampler: ShardSampler | None = None
-        self.add_callback(_WhereItResumed(self))
+        self.add_callback(_SetPositionOnResume(self))
         # Rejected answers are not even read by a stage that has no use for them.
         self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
         self.tokens_seen = 0
         self._metrics: dict[str, Tensor] = {}
         self._metrics_since = 0
-        self._live: dict[str, float] = {}
+        self._live = LiveMetrics()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -103,10 +102,10 @@ class DaDPOTrainer(Trainer):
         mask_repeated_pairs(batches[-1], self.args.process_index, self.accelerator.gradient_state.active_dataloader)
         counts = [pair_counts(batch["labels"]) for batch in batches]
         tokens = [self._rows_used(batch["attention_mask"]).sum()[None] for batch in batches]
-        mine = torch.cat([torch.stack(counts), torch.stack(tokens)], 1).sum(0)
-        every = self._sum_of_ranks(mine.to(device))
-        self.tokens_seen += int(every[3])
-        return batches, every[:3] / self.args.world_size
+        of_this_rank = torch.cat([torch.stack(counts), torch.stack(tokens)], 1).sum(0)
+        of_all_ranks = self._sum_of_ranks(of_this_rank.to(device))
+        self.tokens_seen += int(of_all_ranks[3])
+        return batches, of_all_ranks[:3] / self.args.world_size
 
     def compute_loss(
         self,
@@ -122,16 +121,15 @@ class DaDPOTrainer(Trainer):
             labels = labels.clone()
             labels[len(ids) :] = -100
 
-        def loss(hidden: Tensor, head: LMHead) -> DaDPOOutput:
+        def loss(hidden: Tensor, head: Head) -> DaDPOOutput:
             if self.chosen_only:
                 hidden = nn.functional.pad(hidden, (0, 0, 0, 0, 0, len(labels) - len(ids)))
             return self.linear_loss(
                 hidden,
-                head.weight,
+                head,
                 labels,
                 ref_logps=inputs.get("ref_logps"),
-                teacher=TeacherTargets(*(inputs[f"teacher_{name}"] for name in TeacherTargets._fields)),
-                bias=head.bias,
+                teacher=TeacherTargets.from_batch(inputs),
                 counts=num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None,
             )
 
@@ -164,13 +162,8 @@ class DaDPOTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; what the live plan reports of its backward joins the metrics, weighted by tokens."""
-        with live_diagnostics() as done:
-            loss = super().training_step(*args, **kwargs)
-        for backward in done:
-            for name in ("tokens", *LIVE_METRICS):
-                value = backward.tokens * (1 if name == "tokens" else getattr(backward, name))
-                self._live[name] = self._live.get(name, 0) + value
-        return loss
+        with self._live.collect():
+            return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last training log, averaged over its steps."""
@@ -178,9 +171,7 @@ class DaDPOTrainer(Trainer):
             steps = self.state.global_step - self._metrics_since
             logs |= {k: float(v) / max(1, steps) for k, v in self._mean_of_ranks(self._metrics).items()}
             self._metrics, self._metrics_since = {}, self.state.global_step
-            tokens = self._live.pop("tokens", 0)
-            logs |= {f"live/{name}": value / tokens for name, value in self._live.items()}
-            self._live = {}
+            logs |= self._live.pop()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -221,9 +212,9 @@ class DaDPOTrainer(Trainer):
             yield batch
 
 
-class _WhereItResumed(TrainerCallback):
-    """Tells the metrics the first step, and the sampler the epoch: accelerate does not where several ranks resume in
-    the middle of one."""
+class _SetPositionOnResume(TrainerCallback):
+    """On resume, reset the metrics' step counter and set the sampler's epoch, which accelerate does not do for a
+    multi-rank resume in the middle of an epoch."""
 
     def __init__(self, trainer: DaDPOTrainer) -> None:
         self._trainer = trainer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer, HfArgumentParser
 
+from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 from dadpo_kernels.cache.dataset import PairDataset
-from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
 
 
 @dataclass
@@ -19,10 +19,10 @@ class Sources:
 
 
 def main(words: list[str] | None = None) -> None:
-    sources, config = HfArgumentParser([Sources, DaDPOConfig]).parse_args_into_dataclasses(words)  # type: ignore[list-item]
+    sources, config = HfArgumentParser([Sources, TRLDaDPOConfig]).parse_args_into_dataclasses(words)  # type: ignore[list-item]
     tokenizer = AutoTokenizer.from_pretrained(sources.model)
     data = PairDataset(sources.cache, tokenizer=tokenizer)
-    trainer = DaDPOTrainer(sources.model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer = TRLDaDPOTrainer(sources.model, args=config, train_dataset=data, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dadpo_kernels import LinearDaDPOLoss, TeacherTargets, linear_dadpo_loss, pair_counts
+from dadpo_kernels import Head, LinearDaDPOLoss, TeacherTargets, linear_dadpo_loss, pair_counts
 from dadpo_kernels.losses import linear_loss
 from tests.support.trl_oracle import trl_dpo
 
@@ -309,13 +309,13 @@ def test_low_precision_hidden_states(dtype):
 
 def test_one_call_of_the_primitive_and_no_topk_unless_asked(monkeypatch):
     calls = []
-    primitive = linear_loss.linear_selected_logps
+    primitive = linear_loss.selected_logps_of
 
-    def spy(hidden, weight, labels, topk_ids, **options):
-        calls.append((topk_ids, options["backend"], options["memory_budget"]))
-        return primitive(hidden, weight, labels, topk_ids, **options)
+    def spy(hidden, head, labels, topk_ids, ignore_index, run):
+        calls.append((topk_ids, run.backend, run.memory_budget))
+        return primitive(hidden, head, labels, topk_ids, ignore_index, run)
 
-    monkeypatch.setattr(linear_loss, "linear_selected_logps", spy)
+    monkeypatch.setattr(linear_loss, "selected_logps_of", spy)
     batch = make()
     linear_dadpo_loss(**batch, **BETAS, sft_weight=1.0, backend="reference", memory_budget=0)
     assert calls == [(None, "reference", 0)]
@@ -371,9 +371,9 @@ def replace(batch, field, index, value):
         (lambda b: replace(b, "topk_tail", (0, 0), torch.nan), r"teacher.topk_tail\[0, 0\] is nan"),
         (
             lambda b: replace(b, "topk_ids", (5, 4, 3), 17),
-            r"topk_ids\[5, 4, 3\] is 17: the student's head has 17 rows",
+            r"topk_ids\[29, 3\] is 17: outside the head's vocabulary",  # of all tokens, flattened
         ),
-        (lambda b: replace(b, "topk_ids", (5, 4, 3), -1), r"topk_ids\[5, 4, 3\] is -1"),
+        (lambda b: replace(b, "topk_ids", (5, 4, 3), -1), r"topk_ids\[29, 3\] is -1"),
         (
             lambda b: b.update(teacher=TeacherTargets(*(x[:, 1:] for x in b["teacher"]))),
             r"teacher.label_logps has shape \[6, 4\], \[6, 5\] is needed",
@@ -420,20 +420,20 @@ def test_module_is_the_function_with_its_options():
     batch = make(11)
     options = {
         **BETAS, "loss_type": "robust", "label_smoothing": 0.1, "sft_weight": 0.2, "kl_weight": 0.3, "kl_on": "chosen",
-        "divergence": "js", "support": "renormalized", "js_mix": 0.2, "kd_temperature": 3.0, "logit_scale": 0.9,
-        "softcap": 4.0, "temperature": 1.5, "ignore_index": 3, "backend": "reference", "memory_budget": 0,
-            "grad_tolerance": 0.01,
+        "divergence": "js", "support": "renormalized", "js_mix": 0.2, "kd_temperature": 3.0,
+        "ignore_index": 3, "backend": "reference", "memory_budget": 0, "grad_tolerance": 0.01,
     }  # fmt: skip
     batch["labels"][batch["labels"] == -100] = 3
     bias = torch.linspace(-1, 1, 17, dtype=F64)
+    head = {"bias": bias, "logit_scale": 0.9, "softcap": 4.0, "temperature": 1.5}
     module = LinearDaDPOLoss(**options)
     counts = torch.tensor([4, 11, 12])
-    torch.testing.assert_close(
-        module(**batch, bias=bias, counts=counts),
-        linear_dadpo_loss(**batch, bias=bias, counts=counts, **options),
-        rtol=0,
-        atol=0,
-    )
+    expected = linear_dadpo_loss(**batch, **head, counts=counts, **options)
+    torch.testing.assert_close(module(**batch, **head, counts=counts), expected, rtol=0, atol=0)
+    whole = batch | {"weight": Head(batch["weight"], **head)}
+    torch.testing.assert_close(module(**whole, counts=counts), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="softcap given in addition to a Head"):
+        module(**whole, softcap=4.0)
     assert module.options == options
     assert repr(module).startswith("LinearDaDPOLoss(beta_ref=0.3, beta_teacher=0.2, loss_type='robust'")
     assert not module.state_dict()
@@ -446,7 +446,7 @@ def test_compiles_without_graph_breaks():
     expected, actual = (value_and_grads(function, batch) for function in (module, compiled))
     torch.testing.assert_close(actual[1:], expected[1:], rtol=1e-12, atol=1e-14)
     replace(batch, "topk_ids", (0, 0, 0), 17)
-    with pytest.raises(RuntimeError, match=r"teacher\.topk_ids: the student's head has 17 rows"):
+    with pytest.raises(ValueError, match=r"topk_ids\[0, 0\] is 17: outside"):
         compiled(**batch)
 
 

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
 from benchmarks.gpu_suite import row_passes
 from dadpo_kernels import linear_topk_logps
+from dadpo_kernels.ops import autograd
+from dadpo_kernels.ops import selected_logps as module
 from dadpo_kernels.ops.backends.registry import BACKENDS, Backend
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.run import plan_for
 from tests.support import cuda_host
 from tests.support.dense import IGNORE, assert_as_good_as_dense, random_problem, values_and_grads
 from tests.support.waiting import assert_no_waiting
@@ -241,7 +242,7 @@ def test_opcheck(retain):
         torch.randint(vocab, (rows, 3)),
         1.0, 30.0, 1.0, IGNORE, "host", None, plan.retained_bytes if retain else 0,
     )  # fmt: skip
-    opcheck(module._selected_logps, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    opcheck(autograd.selected_logps, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 64, 200, 256, 257, 700])

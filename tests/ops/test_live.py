@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
-from dadpo_kernels import linear_selected_logps
+from dadpo_kernels import linear_selected_logps, live_diagnostics
+from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends.cpu import _cpu
-from dadpo_kernels.ops.live import diagnostics as live_diagnostics
-from dadpo_kernels.ops.plan import LIVE_TILE, live_bytes, make_live_plan
+from dadpo_kernels.ops.live.plan import LIVE_TILE, live_buffer_bytes, make_live_plan
 from tests.support.dense import IGNORE, Problem, assert_as_good_as_dense, finite, random_problem, values_and_grads
 
 BACKENDS = ["torch", "cpu"]
@@ -26,8 +25,8 @@ BUDGETS = {"recompute": 0, "partial": 8_000, "retain": 2**31}
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
     """Small chunks and tiles, so that small problems have many of both."""
-    monkeypatch.setattr("dadpo_kernels.ops.plan.live_chunk", lambda vocab: 16)
-    monkeypatch.setattr("dadpo_kernels.ops.plan.LIVE_TILE", 256)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 16)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", 256)
 
 
 def live(p: Problem, backend: str, tolerance: float, budget: int | None = None):
@@ -156,8 +155,8 @@ def test_options(backend, dtype, option):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_real_hidden_states(smollm2, backend, sharpness, monkeypatch):
     """From nearly uniform, as after initialisation, to overconfident; the tiles a user gets, two chunks and a bit."""
-    monkeypatch.setattr("dadpo_kernels.ops.plan.LIVE_TILE", LIVE_TILE)
-    monkeypatch.setattr("dadpo_kernels.ops.plan.live_chunk", lambda vocab: 40)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", LIVE_TILE)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 40)
     hidden, weight, labels = smollm2
     hidden = hidden * sharpness
     g = torch.randn(len(labels), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -356,8 +355,8 @@ def test_threads_do_not_change_the_result(tolerance):
 @pytest.mark.parametrize("budget", [0, 2**31])
 def test_every_instruction_set(isa, dtype, budget, monkeypatch):
     """Several uneven sweeps of both inner dimensions, an odd number of tokens, and live columns with gaps."""
-    monkeypatch.setattr("dadpo_kernels.ops.plan.LIVE_TILE", 2000)
-    monkeypatch.setattr("dadpo_kernels.ops.plan.live_chunk", lambda vocab: 701)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.LIVE_TILE", 2000)
+    monkeypatch.setattr("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab: 701)
     p = random_problem(rows=1101, vocab=3001, width=77, k=None, bias=True, grad_tolerance=1e-12)
     p.bias[torch.rand(3001, generator=torch.Generator().manual_seed(0)) < 0.4] = -torch.inf
     best = _cpu.active()
@@ -389,9 +388,9 @@ def test_opcheck(backend, retain):
         torch.randn(vocab, requires_grad=True),
         torch.randint(vocab, (rows,)),
         torch.randint(vocab, (rows, 3)),
-        1.0, 30.0, 1.0, IGNORE, backend, 1e-12, live_bytes(rows, vocab, 4, 2**31 if retain else 0),
+        1.0, 30.0, 1.0, IGNORE, backend, 1e-12, live_buffer_bytes(rows, vocab, 4, 2**31 if retain else 0),
     )  # fmt: skip
-    opcheck(module._selected_logps, args)
+    opcheck(autograd.selected_logps, args)
 
 
 def test_compiled_as_one_node():
@@ -417,7 +416,7 @@ def test_bad_tolerance(tolerance):
 
 
 def test_plan_is_inspectable():
-    plan = make_live_plan(100, 40, 1000, 64, 4, live_bytes(100, 1000, 4, 5000), 1e-3)
+    plan = make_live_plan(100, 40, 1000, 64, 4, live_buffer_bytes(100, 1000, 4, 5000), 1e-3)
     assert [(c.start, c.stop) for c in plan.chunks] == [(0, 16), (16, 32), (32, 40)]
     assert plan.tiles == [(0, 256), (256, 256), (512, 256), (768, 232)]
     assert plan.profile_bytes == 7 * 1000 * 4

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
 from dadpo_kernels import linear_selected_logps
+from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends import cpu
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.run import Run, plan_for
 from tests.support.dense import IGNORE, Problem, assert_as_good_as_dense, random_problem, values_and_grads
 
 BACKENDS = [("torch", d) for d in (torch.float32, torch.bfloat16, torch.float64)] + [
@@ -319,7 +319,7 @@ def test_opcheck(backend, retain):
         torch.randint(vocab, (rows, 3)),
         1.0, 30.0, 1.0, IGNORE, backend, None, plan.retained_bytes if retain else 0,
     )  # fmt: skip
-    opcheck(module._selected_logps, args)
+    opcheck(autograd.selected_logps, args)
 
 
 def test_second_derivative_raises():
@@ -384,7 +384,7 @@ def test_plan_is_inspectable():
     plan = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=2**31, grad_weight=False)
     assert (plan.name, plan.units) == ("retain", 2)
     assert "frozen head" in str(plan)
-    buffer = module.buffer_bytes(torch.empty(1024, 576, dtype=torch.bfloat16), torch.empty(49152, 0), 2**40, None)
+    buffer = Run(memory_budget=2**40).buffer_bytes(1024, 49152, torch.bfloat16)
     assert plan.retained_bytes <= buffer < 1.05 * plan.retained_bytes
     half = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=plan.retained_bytes // 2)
     assert half.name == "partial"

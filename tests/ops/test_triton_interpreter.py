@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch.library import opcheck
 
-import dadpo_kernels.ops.selected_logps as module
 from benchmarks.gpu_suite import row_passes
 from benchmarks.gpu_suite.kernels import row_passes_and_sweep
 from benchmarks.gpu_suite.settings import Settings
 from dadpo_kernels import linear_topk_logps
+from dadpo_kernels.ops import autograd
+from dadpo_kernels.ops import selected_logps as module
 from dadpo_kernels.ops.backends import triton_
-from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, Head, Kept, State
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, RetainedTile, State
 from dadpo_kernels.ops.backends.registry import BACKENDS, resolve
 from dadpo_kernels.ops.backends.tuning import CONFIGS
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.head import Head
+from dadpo_kernels.ops.run import plan_for
 from tests.support.dense import IGNORE, assert_as_good_as_dense, random_problem, values_and_grads
 from tests.support.far import far, linux
 from tests.support.waiting import assert_no_waiting
@@ -168,7 +170,7 @@ def test_opcheck(backend, retain):
         1.0, 30.0, 1.0, IGNORE, backend, None, plan.retained_bytes if retain else 0,
     )  # fmt: skip
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(module._selected_logps, args, test_utils=tests)
+    opcheck(autograd.selected_logps, args, test_utils=tests)
 
 
 @interpreted
@@ -219,13 +221,13 @@ def test_offsets_beyond_32_bits(monkeypatch, backend):
         monkeypatch.setattr(kind, "padded", lambda self, columns, dtype: place(3, columns, dtype))
         monkeypatch.setattr(kind, "products", lambda *_: place(3, TILE, torch.float32).copy_(product))
         tiles, state = kind(p.hidden, head, entries), State.new(3, entries.ids.shape[1], p.hidden)
-        kept = Kept(place(3, TILE, torch.bfloat16), torch.zeros(3, 4))
-        tiles.statistics(0, TILE, state, kept)
+        kept = RetainedTile(place(3, TILE, torch.bfloat16), torch.zeros(3, 4))
+        tiles.forward(0, TILE, state, kept)
         results = [state.max, state.sum, state.selected, kept.exps.clone()]
         coefficients = Coefficients(torch.ones(3), state.max, torch.ones_like(state.selected))
         for stored in (None, kept):
             grads = Grads(torch.zeros(p.hidden.shape), torch.zeros_like(p.weight), torch.zeros(300))
-            tiles.gradient(0, TILE, coefficients, grads, stored)
+            tiles.backward(0, TILE, coefficients, grads, stored)
             results += [grads.hidden, grads.weight, grads.bias]
         best = Best(torch.full((3, 11), -torch.inf), torch.zeros(3, 11, dtype=torch.int32), torch.zeros(3), 5)
         tiles.topk(0, TILE, state, best)

@@ -3,8 +3,9 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dadpo_kernels.ops.backends.base import Coefficients, Entries, Grads, Head, Tiles, run_gradient, run_statistics
-from dadpo_kernels.ops.selected_logps import plan_for
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, Grads, Tiles, run_backward, run_forward
+from dadpo_kernels.ops.head import Head
+from dadpo_kernels.ops.run import plan_for
 from tests.support.dense import IGNORE, Problem
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "repeat_interleave"}
@@ -33,9 +34,9 @@ def assert_no_waiting(kind: type[Tiles], p: Problem, budget: int, backend: str) 
         p.hidden.new_zeros(p.hidden.shape, dtype=torch.float32), torch.zeros_like(p.weight), torch.zeros(vocab)
     )
     with Operations() as operations:
-        state = run_statistics(tiles, plan, buffer)
+        state = run_forward(tiles, plan, buffer)
         coefficients = Coefficients(torch.ones(rows), state.max, torch.ones_like(state.selected))
-        run_gradient(tiles, plan, buffer, coefficients, grads)
+        run_backward(tiles, plan, buffer, coefficients, grads)
     assert "mm" in operations.names or "addmm_" in operations.names
     assert not operations.names & WAITING
     assert all(t is not None and t.abs().sum() > 0 for t in (grads.hidden, grads.weight, grads.bias))

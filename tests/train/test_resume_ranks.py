@@ -29,7 +29,7 @@ STEPS, SAVED = 5, 4  # an epoch has 3: what is saved lies in the middle of the s
 LOSS = {"beta_teacher": 0.2, "kl_weight": 0.7}
 TRAINERS = {
     "plain": (trainer.DaDPOTrainer, config.DaDPOConfig, {"beta_ref": 0.1}),
-    "trl": (trl.DaDPOTrainer, trl.DaDPOConfig, {"beta": 0.1}),
+    "trl": (trl.TRLDaDPOTrainer, trl.TRLDaDPOConfig, {"beta": 0.1}),
 }
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
+from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 from tests.support.tiny import chat_records, tiny_tokenizer
 from tests.train.test_trl_trainer import SETTINGS, assert_same_run, run
 
@@ -56,7 +56,7 @@ def llava(processor):
 def test_without_a_teacher_it_is_trls_run(processor, data, tmp_path):
     theirs, ours = (
         run(trainer, config, tmp_path / trainer.__name__, 12, llava(processor), llava(processor), data, processor)
-        for trainer, config in ((DPOTrainer, DPOConfig), (DaDPOTrainer, DaDPOConfig))
+        for trainer, config in ((DPOTrainer, DPOConfig), (TRLDaDPOTrainer, TRLDaDPOConfig))
     )
     assert_same_run(ours, theirs)
     before, want = dict(llava(processor).named_parameters()), dict(theirs.model.named_parameters())
@@ -67,7 +67,7 @@ def test_without_a_teacher_it_is_trls_run(processor, data, tmp_path):
 
 
 def test_a_teacher_needs_a_collator_that_brings_it(processor, data, tmp_path):
-    args = DaDPOConfig(str(tmp_path), beta_teacher=0.2, **SETTINGS)
-    trainer = DaDPOTrainer(llava(processor), llava(processor), args, train_dataset=data, processing_class=processor)
+    args = TRLDaDPOConfig(str(tmp_path), beta_teacher=0.2, **SETTINGS)
+    trainer = TRLDaDPOTrainer(llava(processor), llava(processor), args, train_dataset=data, processing_class=processor)
     with pytest.raises(ValueError, match=r"the batch has none.*teacher_label_logps.*in your data_collator"):
         trainer.train()

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
 from dadpo_kernels.capture.pairs import tokenize_pairs
 from dadpo_kernels.train.trl.dataset import PairPreferenceCollator
-from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
 from tests.models.test_recipes import ROOT, finish, launch, recipe_environment
 from tests.support.ranks import needs_deepspeed, run_ranks
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
@@ -74,10 +74,10 @@ def train(case: str, directory: Path, out: str, ranks: int) -> list[dict]:
         "gradient_accumulation_steps": micro_batches, "per_device_eval_batch_size": GLOBAL_BATCH // ranks,
     }  # fmt: skip
     torch.manual_seed(0)  # of the adapters
-    trainer = DaDPOTrainer(
+    trainer = TRLDaDPOTrainer(
         str(directory / "student"),  # FSDP2 loads it on the first rank only
         tiny_llama(seed=5) if text else None,
-        DaDPOConfig(str(directory / out), **SETTINGS | settings | options),
+        TRLDaDPOConfig(str(directory / out), **SETTINGS | settings | options),
         data_collator=None if text else Silenced(DataCollatorForPreference(pad_token_id=0)),
         train_dataset=data,
         eval_dataset=data,

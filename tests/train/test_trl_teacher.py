@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from trl import DPOConfig, DPOTrainer
 
+from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 from dadpo_kernels.cache.dataset import PairCollator, PairDataset
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
 from dadpo_kernels.capture.pairs import tokenize_pairs
@@ -18,7 +19,6 @@ from dadpo_kernels.losses.linear_loss import linear_dadpo_loss
 from dadpo_kernels.losses.targets import TeacherTargets
 from dadpo_kernels.train.trl import trainer as trl
 from dadpo_kernels.train.trl.dataset import as_trl_dataset
-from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
 from tests.support import trl_oracle
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
 from tests.train.test_trl_trainer import SETTINGS
@@ -47,10 +47,10 @@ def no_reference(cache, tmp_path_factory):
 
 def trainer(data, out, model=None, ref_model=None, eval_dataset=None, peft_config=None, **options):
     settings = {"num_train_epochs": 1, "max_grad_norm": 0.0, **TEACHER}
-    return DaDPOTrainer(
+    return TRLDaDPOTrainer(
         model or tiny_llama(),
         ref_model,
-        DaDPOConfig(str(out), **SETTINGS | settings | options),
+        TRLDaDPOConfig(str(out), **SETTINGS | settings | options),
         train_dataset=data,
         eval_dataset=eval_dataset,
         processing_class=TOKENIZER,
@@ -251,13 +251,13 @@ def test_no_reference_is_loaded_where_none_is_needed(cache, tmp_path, monkeypatc
     tiny_llama().save_pretrained(tmp_path / "model")
     loaded, load = [], trl.create_model_from_path
     monkeypatch.setattr(trl, "create_model_from_path", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    create = DaDPOTrainer.create_accelerator_and_postprocess
+    create = TRLDaDPOTrainer.create_accelerator_and_postprocess
 
     def under_fsdp(self):
         create(self)
         self.is_fsdp_enabled = True
 
-    monkeypatch.setattr(DaDPOTrainer, "create_accelerator_and_postprocess", under_fsdp)
+    monkeypatch.setattr(TRLDaDPOTrainer, "create_accelerator_and_postprocess", under_fsdp)
     t = trainer(PairDataset(cache), tmp_path / "out", model=str(tmp_path / "model"))
     assert t.ref_model is None
     assert loaded == [(str(tmp_path / "model"),)]
@@ -286,7 +286,7 @@ def test_reference_columns_are_used_where_trl_trips_over_them(tmp_path):
 
     with pytest.raises(ValueError, match="ref_chosen_logps"):
         build(DPOTrainer, DPOConfig)
-    t = build(DaDPOTrainer, DaDPOConfig)
+    t = build(TRLDaDPOTrainer, TRLDaDPOConfig)
     t.train()
     entry = t.state.log_history[0]
     assert entry["rewards/chosen"] == pytest.approx(0.1 * (entry["logps/chosen"] + 20), rel=1e-4)
@@ -312,8 +312,8 @@ def test_padding_to_a_multiple(cache, tmp_path):
 
 
 def test_contradictions_are_refused(cache, no_reference, tmp_path):
-    with pytest.raises(TypeError, match="pass a DaDPOConfig"):
-        DaDPOTrainer(tiny_llama(), None, DPOConfig(str(tmp_path), **SETTINGS), train_dataset=PairDataset(cache))
+    with pytest.raises(TypeError, match="pass a TRLDaDPOConfig"):
+        TRLDaDPOTrainer(tiny_llama(), None, DPOConfig(str(tmp_path), **SETTINGS), train_dataset=PairDataset(cache))
     with pytest.raises(ValueError, match="both 0"):
         trainer(PairDataset(cache), tmp_path, beta=0.0, beta_teacher=0.0)
     with pytest.raises(ValueError, match="unknown kl_on 'all'"):

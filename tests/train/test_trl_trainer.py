@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from dadpo_kernels.train.trl.trainer import DaDPOConfig, DaDPOTrainer
+from dadpo_kernels import TRLDaDPOConfig, TRLDaDPOTrainer
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,7 +75,7 @@ LOSSES = {
 def test_without_a_teacher_it_is_trls_run(loss_type, tmp_path):
     options = {"loss_type": [loss_type], **LOSSES[loss_type], "steps": 30 if loss_type in PRINCIPAL else 8}
     theirs = run(DPOTrainer, DPOConfig, tmp_path / "a", **options)
-    ours = run(DaDPOTrainer, DaDPOConfig, tmp_path / "b", **options)
+    ours = run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path / "b", **options)
     assert_same_run(ours, theirs)
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
@@ -100,13 +100,13 @@ def test_without_a_teacher_it_is_trls_run(loss_type, tmp_path):
 def test_options_of_trl_keep_their_meaning(options, tmp_path):
     steps = {"steps": 6}
     theirs = run(DPOTrainer, DPOConfig, tmp_path / "a", **steps, **options)
-    assert_same_run(run(DaDPOTrainer, DaDPOConfig, tmp_path / "b", **steps, **options), theirs)
+    assert_same_run(run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path / "b", **steps, **options), theirs)
 
 
 def test_bfloat16_is_near_float32(tmp_path):
     """TRL's default. Autocast makes the products in bfloat16; log-probabilities and sums stay float32."""
     exact, ours = (
-        run(DaDPOTrainer, DaDPOConfig, tmp_path / str(bf16), steps=6, bf16=bf16).state.log_history
+        run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path / str(bf16), steps=6, bf16=bf16).state.log_history
         for bf16 in (False, True)
     )
     assert ours[0]["logps/chosen"] != exact[0]["logps/chosen"]

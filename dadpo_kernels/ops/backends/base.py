@@ -11,18 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..head import Head
 from ..plan import Plan
-
-
-@dataclass(frozen=True)
-class Head:
-    """The LM head and what happens to its logits: `softcap(scale * (hidden @ weight.T + bias)) / temperature`."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    scale: float
-    softcap: float | None
-    temperature: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
-class Kept:
+class RetainedTile:
     """A retained tile: `exp(z - base)` times the softcap's slope, with one base per row and group of columns."""
 
     exps: Tensor  # [n, columns, padded]
@@ -90,7 +80,7 @@ class Tiles(ABC):
 
     @staticmethod
     @abstractmethod
-    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
+    def retained_shape(rows: int, columns: int) -> tuple[int, int]:
         """`(padded columns, groups)` of a retained tile."""
 
     @staticmethod
@@ -106,12 +96,12 @@ class Tiles(ABC):
         return self.hidden.shape[1]
 
     @abstractmethod
-    def statistics(self, first: int, columns: int, state: "State", kept: Kept | None) -> None:
+    def forward(self, first: int, columns: int, state: "State", retained: RetainedTile | None) -> None:
         """Adds the tile's columns outside the top-k ids to the state and stores the entries' logits."""
 
     @abstractmethod
-    def gradient(
-        self, first: int, columns: int, coefficients: Coefficients, grads: "Grads", kept: Kept | None
+    def backward(
+        self, first: int, columns: int, coefficients: Coefficients, grads: "Grads", retained: RetainedTile | None
     ) -> None:
         """Adds the tile's share to `grads.hidden` and writes its rows of `grads.weight` and `grads.bias`."""
 
@@ -129,9 +119,9 @@ class State:
     @classmethod
     def new(cls, rows: int, entries: int, like: Tensor) -> "State":
         return cls(
-            like.new_full((rows,), -torch.inf, dtype=statistic_dtype(like.dtype)),
+            like.new_full((rows,), -torch.inf, dtype=accumulator_dtype(like.dtype)),
             like.new_zeros(rows, dtype=torch.float64),
-            like.new_full((rows, entries), -torch.inf, dtype=statistic_dtype(like.dtype)),
+            like.new_full((rows, entries), -torch.inf, dtype=accumulator_dtype(like.dtype)),
         )
 
     def rows(self, part: slice) -> "State":
@@ -143,7 +133,7 @@ class State:
 class Grads:
     hidden: Tensor | None  # [n, H, padded as the backend likes] accumulator
     weight: Tensor | None  # [V, H]
-    bias: Tensor | None  # [V] in the statistics' dtype
+    bias: Tensor | None  # [V] in the dtype of `accumulator_dtype`
 
 
 @dataclass(frozen=True)
@@ -175,39 +165,39 @@ def merge_tail(state: State, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return base, torch.logaddexp(lse_tail, lse_inside), torch.nn.functional.logsigmoid(lse_tail - lse_inside)
 
 
-def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def tile_bytes(tiles: type[Tiles], rows: int, columns: int, dtype: torch.dtype) -> int:
+def retained_tile_bytes(tiles: type[Tiles], rows: int, columns: int, dtype: torch.dtype) -> int:
     """Bytes of one retained tile, the bases and the exponentials in the operands' dtype, in whole cache lines."""
-    padded, groups = tiles.kept_shape(rows, columns)
-    return -(-rows * (padded * dtype.itemsize + groups * statistic_dtype(dtype).itemsize) // 64) * 64
+    padded, groups = tiles.retained_shape(rows, columns)
+    return -(-rows * (padded * dtype.itemsize + groups * accumulator_dtype(dtype).itemsize) // 64) * 64
 
 
-def kept_tile(tiles: Tiles, plan: Plan, index: int, columns: int, buffer: Tensor) -> Kept | None:
+def retained_tile(tiles: Tiles, plan: Plan, index: int, columns: int, buffer: Tensor) -> RetainedTile | None:
     """The retained tile's place in the byte buffer, or None if the plan recomputes it."""
     if index >= plan.retained:
         return None
     dtype = tiles.hidden.dtype
-    padded, groups = tiles.kept_shape(plan.rows, columns)
-    start = index * tile_bytes(type(tiles), plan.rows, plan.tile, dtype)
-    middle = start + plan.rows * groups * statistic_dtype(dtype).itemsize
-    bases = buffer[start:middle].view(statistic_dtype(dtype)).view(plan.rows, groups)
+    padded, groups = tiles.retained_shape(plan.rows, columns)
+    start = index * retained_tile_bytes(type(tiles), plan.rows, plan.tile, dtype)
+    middle = start + plan.rows * groups * accumulator_dtype(dtype).itemsize
+    bases = buffer[start:middle].view(accumulator_dtype(dtype)).view(plan.rows, groups)
     exps = buffer[middle : middle + plan.rows * padded * dtype.itemsize].view(dtype).view(plan.rows, padded)
-    return Kept(exps, bases)
+    return RetainedTile(exps, bases)
 
 
-def run_statistics(tiles: Tiles, plan: Plan, buffer: Tensor) -> State:
+def run_forward(tiles: Tiles, plan: Plan, buffer: Tensor) -> State:
     state = State.new(plan.rows, tiles.entries.ids.shape[1], tiles.hidden)
     for index, first, columns in plan.tiles:
-        tiles.statistics(first, columns, state, kept_tile(tiles, plan, index, columns, buffer))
+        tiles.forward(first, columns, state, retained_tile(tiles, plan, index, columns, buffer))
     return state
 
 
-def run_gradient(tiles: Tiles, plan: Plan, buffer: Tensor, coefficients: Coefficients, grads: Grads) -> None:
+def run_backward(tiles: Tiles, plan: Plan, buffer: Tensor, coefficients: Coefficients, grads: Grads) -> None:
     for index, first, columns in plan.tiles:
-        tiles.gradient(first, columns, coefficients, grads, kept_tile(tiles, plan, index, columns, buffer))
+        tiles.backward(first, columns, coefficients, grads, retained_tile(tiles, plan, index, columns, buffer))
 
 
 def run_topk(tiles: Tiles, plan: Plan, best: Best) -> State:

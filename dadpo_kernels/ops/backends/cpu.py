@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Best, Coefficients, Entries, Grads, Head, Kept, State, Tiles
+from ..head import Head
+from .base import Best, Coefficients, Entries, Grads, RetainedTile, State, Tiles
 
 _cpu: Any
 try:
@@ -32,7 +33,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def prepare(tensor: Tensor) -> Tensor:
-    """A large buffer nothing is in yet, as the kernels like it."""
+    """Advise huge pages for a freshly allocated buffer, and return it."""
     _cpu.prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
@@ -42,7 +43,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 class Workspace:
-    """Memory that a kernel uses during a call, kept from call to call."""
+    """Memory that a kernel uses during a call, retained from call to call."""
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
@@ -58,6 +59,45 @@ class Workspace:
 def operand(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products read matrices of `dtype`: bfloat16 only where the processor multiplies it."""
     return dtype if _cpu.multiplies_bf16() else torch.float32
+
+
+def describe_tile(
+    hidden: Tensor,
+    head: Head,
+    weight: Tensor,
+    bias: Tensor | None,
+    first: int,
+    columns: int,
+    ids: Tensor,
+    in_topk: Tensor,
+):
+    """What the extension knows of a tile: addresses, sizes, strides in elements, and the head's scalars.
+
+    Args:
+        hidden: `[n, H]`, unit stride in its last dimension.
+        weight, bias: the rows of the head from column `first` on, `[>= columns, H]` and float32 `[>= columns]`.
+        ids, in_topk: the entries, `[n, M]` int32 and bool, contiguous.
+    """
+    scale, softcap, inv_temperature = head.scalars
+    return _cpu.Tile(
+        hidden=address(hidden),
+        rows=hidden.shape[0],
+        width=hidden.shape[1],
+        hidden_stride=hidden.stride(0),
+        weight=address(weight),
+        weight_stride=weight.stride(0),
+        bias=address(bias),
+        first=first,
+        columns=columns,
+        ids=address(ids),
+        in_topk=address(in_topk),
+        entries=ids.shape[1],
+        scale=scale,
+        softcap=softcap,
+        inv_temperature=inv_temperature,
+        bf16=hidden.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+    )
 
 
 class CpuTiles(Tiles):
@@ -79,7 +119,7 @@ class CpuTiles(Tiles):
         return max(1, min(4096, WORKSPACE // (operand(dtype).itemsize * max(1, rows))) // group) * group
 
     @staticmethod
-    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
+    def retained_shape(rows: int, columns: int) -> tuple[int, int]:
         groups = -(-columns // _cpu.GROUP)
         return groups * _cpu.GROUP, groups
 
@@ -94,33 +134,17 @@ class CpuTiles(Tiles):
         return _cpu.workspace_bytes(tile, True, True, grad_weight) + packed_hidden
 
     def tile(self, first: int, columns: int):
-        h, e = self.head, self.entries
-        return _cpu.Tile(
-            hidden=address(self.hidden),
-            rows=self.hidden.shape[0],
-            width=self.hidden.shape[1],
-            hidden_stride=self.hidden.stride(0),
-            weight=address(self.weight[first:]),
-            weight_stride=self.weight.stride(0),
-            bias=0 if self.bias is None else address(self.bias[first:]),
-            first=first,
-            columns=columns,
-            ids=address(e.ids),
-            in_topk=address(self.in_topk),
-            entries=e.ids.shape[1],
-            scale=h.scale,
-            softcap=h.softcap or 0.0,
-            inv_temperature=1 / h.temperature,
-            bf16=self.hidden.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
+        bias = None if self.bias is None else self.bias[first:]
+        return describe_tile(
+            self.hidden, self.head, self.weight[first:], bias, first, columns, self.entries.ids, self.in_topk
         )
 
     def space(self, tile, logits: bool, grad_hidden: bool, keep_dz: bool) -> int:
         return self.workspace.at_least(_cpu.workspace_bytes(tile, logits, grad_hidden, keep_dz))
 
-    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
         tile = self.tile(first, columns)
-        exps, bases = (address(kept.exps), address(kept.bases)) if kept else (0, 0)
+        exps, bases = (address(retained.exps), address(retained.bases)) if retained else (0, 0)
         _cpu.statistics(
             tile, address(state.max), address(state.sum), address(state.selected), exps, bases,
             self.space(tile, True, False, False),
@@ -130,21 +154,23 @@ class CpuTiles(Tiles):
         """Columns of the accumulator: whole panels."""
         return -(-self.hidden.shape[1] // _cpu.panel()) * _cpu.panel()
 
-    def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
+    def backward(
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+    ) -> None:
         tile = self.tile(first, columns)
         if grads.weight is not None and self.packed_hidden is None:
             rows = len(self.hidden) + len(self.hidden) % 2  # bfloat16 operands come in pairs
             dtype = operand(self.hidden.dtype)
             self.packed_hidden = prepare(torch.empty(self.grad_hidden_columns() * rows, dtype=dtype))
             _cpu.pack_hidden(tile, address(self.packed_hidden))
-        exps, bases = (address(kept.exps), address(kept.bases)) if kept else (0, 0)
+        exps, bases = (address(retained.exps), address(retained.bases)) if retained else (0, 0)
         weight = None if grads.weight is None else grads.weight[first:]
         bias = None if grads.bias is None else grads.bias[first:]
         _cpu.gradient(
             tile, address(coefficients.c), address(coefficients.base), address(coefficients.values),
             address(grads.hidden), address(weight), 0 if weight is None else weight.stride(0), address(bias),
             exps, bases, address(self.packed_hidden),
-            self.space(tile, kept is None, grads.hidden is not None, weight is not None or bias is not None),
+            self.space(tile, retained is None, grads.hidden is not None, weight is not None or bias is not None),
         )  # fmt: skip
 
     def topk(self, first: int, columns: int, state: State, best: Best) -> None:

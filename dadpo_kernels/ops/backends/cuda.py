@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Best, Coefficients, Entries, Grads, Head, Kept, State
+from ..head import Head
+from .base import Best, Coefficients, Entries, Grads, RetainedTile, State
 from .gpu_base import BASES, RowTiles
 from .torch_ import TorchTiles
 
@@ -35,10 +36,10 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the extension dadpo_kernels._cuda is not built (it needs nvcc at install time)"
     capability = torch.cuda.get_device_capability(device)
     if not runs_on(_cuda.ARCHITECTURES, capability):
-        here = "{}.{}".format(*capability)
+        version = "{}.{}".format(*capability)
         return (
-            f"dadpo_kernels._cuda was built for {_cuda.ARCHITECTURES} and this device has compute capability {here}: "
-            f"reinstall with TORCH_CUDA_ARCH_LIST={here}"
+            f"dadpo_kernels._cuda was built for {_cuda.ARCHITECTURES} and this device has compute capability "
+            f"{version}: reinstall with TORCH_CUDA_ARCH_LIST={version}"
         )
     return None
 
@@ -95,7 +96,7 @@ class CudaTiles(RowTiles):
         return max(1, needed, wanted)
 
     def tile(self, products: Tensor, first: int, segments: int):
-        h, columns = self.head, products.shape[1]
+        columns, (scale, softcap, inv_temperature) = products.shape[1], self.head.scalars
         return self.module.Tile(
             products=address(products),
             rows=self.rows,
@@ -103,9 +104,9 @@ class CudaTiles(RowTiles):
             first=first,
             columns=columns,
             bias=0 if self.bias is None else address(self.bias[first:]),
-            scale=h.scale,
-            softcap=h.softcap or 0.0,
-            inv_temperature=1 / h.temperature,
+            scale=scale,
+            softcap=softcap,
+            inv_temperature=inv_temperature,
             ids=address(self.entries.ids),
             entries=self.entries.ids.shape[1],
             segments=segments,
@@ -125,18 +126,18 @@ class CudaTiles(RowTiles):
             address(state.sum), address(bases), BASES,
         )  # fmt: skip
 
-    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
         products, segments = self.products(first, columns), self.segments(columns)
         tile, (maxima, sums) = self.tile(products, first, segments), self.partials(segments)
-        at_once = kept is not None and segments == 1
+        at_once = retained is not None and segments == 1
         self.launch(
             "statistics", tile, address(self.entries.in_topk), address(state.selected), address(maxima), address(sums),
-            self.retained(kept.exps if kept and at_once else None),
+            self.retained(retained.exps if retained and at_once else None),
         )  # fmt: skip
-        self.absorb(maxima, sums, state, kept.bases if kept else None)
-        if kept and not at_once:
+        self.absorb(maxima, sums, state, retained.bases if retained else None)
+        if retained and not at_once:
             # The base is known when all segments are: a second read, of rows so few that the cache has them.
-            self.launch("logit_gradient", tile, 0, address(kept.bases), BASES, 0, self.retained(kept.exps))
+            self.launch("logit_gradient", tile, 0, address(retained.bases), BASES, 0, self.retained(retained.exps))
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
         products, dz = self.products(first, columns), self.padded(columns, self.hidden.dtype)
@@ -147,9 +148,9 @@ class CudaTiles(RowTiles):
         )  # fmt: skip
         return dz
 
-    def from_kept(self, first: int, columns: int, c: Coefficients, kept: Kept, **outputs: Tensor):
+    def retained_call(self, first: int, columns: int, c: Coefficients, retained: RetainedTile, **outputs: Tensor):
         return self.module.RetainedGradient(
-            retained=self.retained(kept.exps),
+            retained=self.retained(retained.exps),
             rows=self.rows,
             first=first,
             columns=columns,
@@ -158,7 +159,7 @@ class CudaTiles(RowTiles):
             c=address(c.c),
             base=address(c.base),
             values=address(c.values),
-            bases=address(kept.bases),
+            bases=address(retained.bases),
             bases_stride=BASES,
             dz=address(outputs.get("dz")),
             dz_stride=outputs["dz"].stride(0) if "dz" in outputs else 0,
@@ -166,20 +167,24 @@ class CudaTiles(RowTiles):
             saved=address(outputs.get("saved")),
         )
 
-    def kept_gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept) -> None:
+    def retained_gradient(
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile
+    ) -> None:
         if self.hidden.dtype != torch.float16:
-            super().kept_gradient(first, columns, coefficients, grads, kept)
+            super().retained_gradient(first, columns, coefficients, grads, retained)
             return
         # float16 has no exponents to spare for entries over a factor: see csrc/cuda.
         dz = self.padded(columns, self.hidden.dtype)
-        self.launch("scale_retained", self.from_kept(first, columns, coefficients, kept, dz=dz))
+        self.launch("scale_retained", self.retained_call(first, columns, coefficients, retained, dz=dz))
         self.add_products(first, columns, dz, grads)
 
     @contextmanager
-    def enter_values(self, first: int, columns: int, coefficients: Coefficients, kept: Kept) -> Iterator[Tensor]:
+    def enter_values(
+        self, first: int, columns: int, coefficients: Coefficients, retained: RetainedTile
+    ) -> Iterator[Tensor]:
         factors = torch.empty_like(coefficients.c)
         saved = torch.empty_like(self.entries.ids, dtype=self.hidden.dtype)
-        gradient = self.from_kept(first, columns, coefficients, kept, factors=factors, saved=saved)
+        gradient = self.retained_call(first, columns, coefficients, retained, factors=factors, saved=saved)
         self.launch("enter_values", gradient)
         yield factors
         self.launch("restore", gradient)

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from .base import Coefficients, Entries, Grads, Head, Kept, Tiles
+from ..head import Head
+from .base import Coefficients, Entries, Grads, RetainedTile, Tiles
 from .torch_ import wide_mm
 
 WORKSPACE = 128 * 2**20  # bytes of a tile of products in float32 and of its gradient in the operands' dtype
@@ -65,7 +66,7 @@ class RowTiles(Tiles):
         return max(256, min(cls.max_columns, fitting))
 
     @staticmethod
-    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
+    def retained_shape(rows: int, columns: int) -> tuple[int, int]:
         return whole(columns), BASES
 
     @staticmethod
@@ -92,19 +93,21 @@ class RowTiles(Tiles):
 
     @abstractmethod
     def enter_values(
-        self, first: int, columns: int, coefficients: Coefficients, kept: Kept
+        self, first: int, columns: int, coefficients: Coefficients, retained: RetainedTile
     ) -> AbstractContextManager[Tensor]:
-        """While it lasts, `factors[:, None] * kept.exps` is that gradient; gives the `factors [n]`."""
+        """While it lasts, `factors[:, None] * retained.exps` is that gradient; gives the `factors [n]`."""
 
     @abstractmethod
     def column_sums(self, matrix: Tensor, factors: Tensor | None, out: Tensor) -> None:
         """`out[j] = sum_n factors[n] matrix[n, j]` in float32; `factors` None: all 1."""
 
-    def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
-        if kept is None:
+    def backward(
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+    ) -> None:
+        if retained is None:
             self.add_products(first, columns, self.logit_gradient(first, columns, coefficients), grads)
         else:
-            self.kept_gradient(first, columns, coefficients, grads, kept)
+            self.retained_gradient(first, columns, coefficients, grads, retained)
 
     def add_products(self, first: int, columns: int, dz: Tensor, grads: Grads) -> None:
         """The tile's share of all gradients, from the gradient of its logits."""
@@ -112,10 +115,12 @@ class RowTiles(Tiles):
             accumulate(grads.hidden, dz, self.weight[first : first + columns])
         self.head_gradient(first, columns, dz, self.hidden, None, grads)
 
-    def kept_gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept) -> None:
+    def retained_gradient(
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile
+    ) -> None:
         """The same from retained exponentials: both products read them as they lie, with no pass over the tile."""
-        with self.enter_values(first, columns, coefficients, kept) as factors:
-            exps = kept.exps[:, :columns]
+        with self.enter_values(first, columns, coefficients, retained) as factors:
+            exps = retained.exps[:, :columns]
             if grads.hidden is not None:
                 product = wide_mm(exps, self.weight[first : first + columns])
                 grads.hidden.addcmul_(product, factors[:, None])

@@ -6,7 +6,8 @@ This is where the formula at the top of `dadpo_kernels/ops/selected_logps.py` is
 import torch
 from torch import Tensor
 
-from .base import Coefficients, Entries, Head
+from ..head import Head
+from .base import Coefficients, Entries
 
 
 def logit_coefficients(entries: Entries, head: Head, logps: Tensor, state: Tensor, grads: Tensor) -> Coefficients:
@@ -25,10 +26,10 @@ def logit_coefficients(entries: Entries, head: Head, logps: Tensor, state: Tenso
     g, in_topk = segment_sums(entries.ids, grads[:, :-1].gather(1, entries.order), entries.in_topk)
     values = torch.where(in_topk, -total[:, None] * logp.exp(), c[:, None] * (logp - tail[:, None]).exp()) + g
 
-    factor = head.scale / head.temperature
-    if head.softcap is not None:
-        z = logp + lse[:, None]
-        values = values * (1 - (z * (head.temperature / head.softcap)).square())
+    slope = head.slope(logp + lse[:, None])
+    if slope is not None:
+        values = values * slope
+    factor = head.logit_scale / head.temperature
     return Coefficients(
         (c * factor / tail_sum.masked_fill(empty, 1)).contiguous(),
         tail_max.masked_fill(empty, 0).contiguous(),

@@ -6,44 +6,26 @@ Every other backend is tested against this file in float64, and `backend="refere
 import torch
 from torch import Tensor
 
-
-def transform_logits(
-    raw: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
-) -> Tensor:
-    """`raw = hidden @ weight.T` -> logits: bias, then scale, then softcap `c tanh(z/c)`, then `1/temperature`."""
-    logits = raw if bias is None else raw + bias
-    if scale != 1:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits if temperature == 1 else logits / temperature
+from ..autocast import without_autocast
+from ..head import Head
 
 
-def dense_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
-) -> Tensor:
+def dense_logits(hidden: Tensor, head: Head) -> Tensor:
     """Logits `[N, V]` in float32 at least: operands are widened before the product, so nothing is rounded twice."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    raw = hidden.to(wide) @ weight.to(wide).T
-    return transform_logits(raw, None if bias is None else bias.to(wide), scale, softcap, temperature)
+    head = head.map(lambda tensor: tensor.to(wide))
+    return head.transform(hidden.to(wide) @ head.weight.T, head.bias)
 
 
+@without_autocast
 def selected_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    topk_ids: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
+    hidden: Tensor, head: Head, labels: Tensor, topk_ids: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dense `(label [N], topk [N, K], tail [N])`, differentiable any number of times."""
     rows = (labels != ignore_index).nonzero()[:, 0]
     y = labels[rows].long()
     ids = y.new_zeros(len(rows), 0) if topk_ids is None else topk_ids[rows].long()
-    logps = dense_logits(hidden[rows], weight, bias, scale, softcap, temperature).log_softmax(-1)
+    logps = dense_logits(hidden[rows], head).log_softmax(-1)
     outside = torch.ones_like(logps, dtype=torch.bool).scatter_(1, ids, False)
     tail = logps.where(outside, -torch.inf).logsumexp(-1) if ids.shape[1] else logps.sum(-1) * 0
     values = logps.gather(1, y[:, None])[:, 0], logps.gather(1, ids), tail

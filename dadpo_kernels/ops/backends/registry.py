@@ -1,6 +1,6 @@
 """Backends by name, and which one a call gets.
 
-A backend is a `Tiles` class (see `tiled.py`) and an `obstacle` function that tells why it cannot take a call.
+A backend is a `Tiles` class (see `base.py`) and an `obstacle` function that tells why it cannot take a call.
 `reference`, the dense oracle, is not tiled.
 """
 
@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..live.cpu_pass import CpuLive
+from ..live.cpu_pass import CpuLivePass
 from ..live.live_pass import LivePass
+from ..log import debug
 from . import cpu, cuda, torch_, triton_
 from .base import Tiles
 
@@ -24,12 +25,18 @@ class Backend(NamedTuple):
 
 # In order of preference. `triton` stays behind `triton_rows`, whose products are cuBLAS's, until a GPU has timed both.
 BACKENDS = {
-    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLive),
+    "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLivePass),
     "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
     "triton_rows": Backend(triton_.TritonTiles, triton_.obstacle, ("cuda",)),
     "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless `backend` is the name of one, "auto" or "reference"."""
+    if backend not in ("auto", "reference", *BACKENDS):
+        raise ValueError(f"backend={backend!r} is unknown; choose one of auto, reference, {', '.join(BACKENDS)}")
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -38,15 +45,18 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: an unknown name, or a backend that cannot run this call, with the reason.
     """
+    check_name(backend)
     if backend == "reference":
         return backend
     if backend == "auto":
         for name, candidate in BACKENDS.items():
-            if device.type in candidate.devices and candidate.obstacle(device, dtype) is None:
+            if device.type not in candidate.devices:
+                continue
+            reason = candidate.obstacle(device, dtype)
+            if reason is None:
                 return name
+            debug("backend %s is passed over: %s", name, reason)
         return "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of auto, reference, {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].obstacle(device, dtype)
     if reason:
         raise ValueError(f'backend="{backend}" cannot run this call: {reason}; use backend="torch" or "auto"')

@@ -7,15 +7,14 @@ elsewhere (ATen's CPU product would round its result).
 import torch
 from torch import Tensor
 
-from .base import Best, Coefficients, Grads, Kept, State, Tiles, statistic_dtype
-from .reference import transform_logits
+from .base import Best, Coefficients, Grads, RetainedTile, State, Tiles, accumulator_dtype
 
 WORKSPACE = 32 * 2**20  # bytes of one tile of logits
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` with a float32 (or wider) result, whatever the operands' dtype."""
-    wide = statistic_dtype(a.dtype)
+    wide = accumulator_dtype(a.dtype)
     if a.dtype != wide and a.is_cuda:
         return torch.mm(a, b, out_dtype=wide)
     return a.to(wide) @ b.to(wide)
@@ -24,17 +23,17 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
 class TorchTiles(Tiles):
     @staticmethod
     def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
-        return max(256, min(16384, WORKSPACE // (statistic_dtype(dtype).itemsize * max(1, rows)) // 256 * 256))
+        return max(256, min(16384, WORKSPACE // (accumulator_dtype(dtype).itemsize * max(1, rows)) // 256 * 256))
 
     @staticmethod
-    def kept_shape(rows: int, columns: int) -> tuple[int, int]:
+    def retained_shape(rows: int, columns: int) -> tuple[int, int]:
         return columns, 1
 
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
         # Three tiles (logits, logits with a spare column, exponentials); of low-precision operands one more in their
         # dtype, and its widened copy where the product needs it, beside the operands'.
-        wide = statistic_dtype(dtype)
+        wide = accumulator_dtype(dtype)
         low = rows * columns * (dtype.itemsize + wide.itemsize) + (rows + columns) * width * wide.itemsize
         return rows * columns * 3 * wide.itemsize + (low if dtype != wide else 0)
 
@@ -42,12 +41,7 @@ class TorchTiles(Tiles):
         h = self.head
         raw = wide_mm(self.hidden, h.weight[first : first + columns].T)
         bias = None if h.bias is None else h.bias[first : first + columns].to(raw.dtype)
-        return transform_logits(raw, bias, h.scale, h.softcap, h.temperature)
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """`1 - tanh^2` of the softcap, from the logits behind it."""
-        h = self.head
-        return None if h.softcap is None else 1 - (logits * (h.temperature / h.softcap)).square()
+        return h.transform(raw, bias)
 
     def columns_of(self, first: int, columns: int, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`(hit [n, M], column [n, M])`: entries of this tile; the others point at one spare column behind it."""
@@ -57,7 +51,7 @@ class TorchTiles(Tiles):
             hit &= only
         return hit, local.where(hit, columns)
 
-    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
         logits = self.logits(first, columns)
         hit, column = self.columns_of(first, columns)
         padded = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], 1)
@@ -65,22 +59,24 @@ class TorchTiles(Tiles):
         padded.scatter_(1, self.columns_of(first, columns, self.entries.in_topk)[1], -torch.inf)
         tail = padded[:, :columns]
         base = absorb(state, tail)
-        if kept is not None:
-            slope = self.slope(logits)
+        if retained is not None:
+            slope = self.head.slope(logits)
             exps = (tail - base[:, None]).exp_()
-            kept.exps.copy_(exps if slope is None else exps * slope)
-            kept.bases.copy_(base[:, None])
+            retained.exps.copy_(exps if slope is None else exps * slope)
+            retained.bases.copy_(base[:, None])
 
-    def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
+    def backward(
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+    ) -> None:
         c, base = coefficients.c, coefficients.base
-        if kept is None:
+        if retained is None:
             logits = self.logits(first, columns)
-            slope = self.slope(logits)
+            slope = self.head.slope(logits)
             dz = (logits - base[:, None]).exp_().mul_(c[:, None])
             if slope is not None:
                 dz *= slope
         else:
-            dz = kept.exps.to(c.dtype) * (c * (kept.bases[:, 0] - base).exp())[:, None]
+            dz = retained.exps.to(c.dtype) * (c * (retained.bases[:, 0] - base).exp())[:, None]
         dz = torch.cat([dz, dz.new_empty(len(dz), 1)], 1)
         dz.scatter_(1, self.columns_of(first, columns)[1], coefficients.values)
         dz = dz[:, :columns]
@@ -97,7 +93,7 @@ class TorchTiles(Tiles):
         hit, column = self.columns_of(first, columns)
         padded = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], 1)
         state.selected.copy_(torch.where(hit, padded.gather(1, column), state.selected))
-        # What is kept so far has lower ids and stands in front, so a stable sort gives ties to the lowest id.
+        # What is retained so far has lower ids and stands in front, so a stable sort gives ties to the lowest id.
         have = min(best.k, first)
         ids = torch.arange(first, first + columns, device=logits.device, dtype=torch.int32).expand_as(logits)
         values, order = torch.cat([best.values[:, :have], logits], 1).sort(dim=1, descending=True, stable=True)

@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .base import Best, Coefficients, Entries, Grads, Head, Kept, State
+from ..head import Head
+from .base import Best, Coefficients, Entries, Grads, RetainedTile, State
 from .gpu_base import BASES, WORKSPACE, RowTiles, strip_bytes, whole
 from .torch_ import TorchTiles, finite
 from .tuning import Config, choose
@@ -70,7 +71,7 @@ class TritonTiles(RowTiles):
     def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
         super().__init__(hidden, head, entries)
         self.kernels = kernels("rows")
-        self.transform = (head.scale, head.softcap or 1.0, 1 / head.temperature)
+        self.transform = head.scalars
         self.softcap = head.softcap is not None
 
     def bias(self, first: int, columns: int) -> Tensor | None:
@@ -92,18 +93,24 @@ class TritonTiles(RowTiles):
         return maxima, torch.empty_like(maxima)
 
     def absorb(
-        self, maxima: Tensor, sums: Tensor, state: State, kept: Kept | None = None, stale: Tensor | None = None
+        self,
+        maxima: Tensor,
+        sums: Tensor,
+        state: State,
+        retained: RetainedTile | None = None,
+        stale: Tensor | None = None,
     ) -> None:
         """Merges partial states into the running one; with `stale`, judges and replaces the guessed bases."""
+        bases = retained and retained.bases
         self.kernels.absorb[(-(-self.rows // 32),)](
-            maxima, sums, self.rows, len(maxima), state.max, state.sum, kept and kept.bases, BASES, stale, REACH,
+            maxima, sums, self.rows, len(maxima), state.max, state.sum, bases, BASES, stale, REACH,
             ROWS=32, GROUPS=power_of_2(len(maxima)),
         )  # fmt: skip
 
-    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
         with torch.cuda.device_of(self.hidden):
             e, products, (maxima, sums) = self.entries, self.products(first, columns), self.partials(1)
-            store = (kept.exps, kept.exps.stride(0), kept.bases, BASES) if kept else (None, 0, None, 0)
+            store = (retained.exps, retained.exps.stride(0), retained.bases, BASES) if retained else (None, 0, None, 0)
             self.kernels.statistics[(self.rows,)](
                 products, products.stride(0), columns, first, self.bias(first, columns), *self.transform,
                 e.ids, e.in_topk, e.ids.shape[1], state.selected, maxima, sums, *store, **self.shape(columns),
@@ -120,18 +127,22 @@ class TritonTiles(RowTiles):
         )  # fmt: skip
         return dz
 
-    def gradient(self, first: int, columns: int, coefficients: Coefficients, grads: Grads, kept: Kept | None) -> None:
+    def backward(
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+    ) -> None:
         with torch.cuda.device_of(self.hidden):
-            super().gradient(first, columns, coefficients, grads, kept)
+            super().backward(first, columns, coefficients, grads, retained)
 
     @contextmanager
-    def enter_values(self, first: int, columns: int, coefficients: Coefficients, kept: Kept) -> Iterator[Tensor]:
+    def enter_values(
+        self, first: int, columns: int, coefficients: Coefficients, retained: RetainedTile
+    ) -> Iterator[Tensor]:
         c, e, m = coefficients, self.entries, self.entries.ids.shape[1]
-        factors, saved = torch.empty_like(c.c), torch.empty_like(e.ids, dtype=kept.exps.dtype)
-        where = (kept.exps, kept.exps.stride(0), columns, first, e.ids, m)
+        factors, saved = torch.empty_like(c.c), torch.empty_like(e.ids, dtype=retained.exps.dtype)
+        where = (retained.exps, retained.exps.stride(0), columns, first, e.ids, m)
         block = {"ENTRIES": power_of_2(m), "num_warps": 1}
         self.kernels.enter_values[(self.rows,)](
-            *where, c.c, c.base, c.values, kept.bases, BASES, factors, saved, **block
+            *where, c.c, c.base, c.values, retained.bases, BASES, factors, saved, **block
         )
         yield factors
         self.kernels.restore[(self.rows,)](*where, saved, **block)
@@ -158,7 +169,7 @@ class TritonTiles(RowTiles):
 
 
 class FusedTiles(TritonTiles):
-    """Products computed in the kernels that consume them: of a tile of logits, only what is kept leaves the chip.
+    """Products computed in the kernels that consume them: of a tile of logits, only what is retained leaves the chip.
 
     Retained exponentials need a base before the tile's maximum is known. It is guessed: the largest logit of the tail
     so far, 0 before the first tile. bfloat16 and float32 have exponents to spare, so a guess serves within e^+-REACH;
@@ -187,8 +198,7 @@ class FusedTiles(TritonTiles):
         """`[blocks + 1, n]`: where each row's entries of each block of columns begin."""
         edges = torch.arange(first, first + columns + block, block, device=self.hidden.device, dtype=torch.int32)
         edges[-1] = first + columns
-        found = torch.searchsorted(self.entries.ids, edges.repeat(self.rows, 1), out_int32=True)
-        return found.T.contiguous()
+        return torch.searchsorted(self.entries.ids, edges.repeat(self.rows, 1), out_int32=True).T.contiguous()
 
     def launcher(self, kernel, config: Config, first: int, columns: int, *arguments) -> Callable[..., None]:
         """All that a launch needs, made now; what is returned launches and does nothing else.
@@ -208,11 +218,11 @@ class FusedTiles(TritonTiles):
             *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
         )  # fmt: skip
 
-    def statistics(self, first: int, columns: int, state: State, kept: Kept | None) -> None:
-        stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device) if kept else None
-        if kept:
-            kept.bases.copy_(finite(state.max)[:, None])
-        store = (kept.exps, kept.exps.stride(0), kept.bases, BASES) if kept else (None, 0, None, 0)
+    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
+        stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device) if retained else None
+        if retained:
+            retained.bases.copy_(finite(state.max)[:, None])
+        store = (retained.exps, retained.exps.stride(0), retained.bases, BASES) if retained else (None, 0, None, 0)
 
         def prepare(config: Config) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor | None], None]]:
             parts = self.partials(-(-columns // config.BLOCK_N))
@@ -223,12 +233,12 @@ class FusedTiles(TritonTiles):
             )
 
         with torch.cuda.device_of(self.hidden):
-            name = "retain" if kept else "statistics"
+            name = "retain" if retained else "statistics"
             config = choose(name, self.hidden, self.softcap, self.tma, lambda c: partial(prepare(c)[1], None))
             (maxima, sums), launch = prepare(config)
             launch(None)
-            self.absorb(maxima, sums, state, kept, stale)
-            if kept:
+            self.absorb(maxima, sums, state, retained, stale)
+            if retained:
                 launch(stale)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:

@@ -8,7 +8,6 @@ rounding, on every machine of that generation. `DADPO_CACHE_DIR` moves the file.
 
 import importlib.metadata
 import json
-import logging
 import os
 import statistics
 import tempfile
@@ -19,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..log import debug
+
 LAUNCHES, ROUNDS = 20, 5  # in a graph, and of all graphs
-logger = logging.getLogger("dadpo_kernels")
 
 
 class Config(NamedTuple):
@@ -86,7 +86,8 @@ def choose(
 ) -> Config:
     """The configuration for this device and shape class.
 
-    `prepare` makes all that the kernel needs and returns what launches it once, without lasting effect.
+    `prepare` allocates and describes all that a launch needs; what it returns launches the kernel once and may be
+    called any number of times.
     """
     rows, width = hidden.shape
     if not hidden.is_cuda or not rows:  # the interpreter; nothing to time
@@ -101,12 +102,14 @@ def choose(
         f"{device.name}, triton {version('triton')}, dadpo-kernels {version('dadpo-kernels')}: {kernel} "
         f"{hidden.dtype} rows<={1 << max(0, rows - 1).bit_length()} width={width} softcap={softcap} tma={tma}"
     )
-    if found := known(key, choices):
-        return found
+    if config := known(key, choices):
+        return config
     if torch.cuda.is_current_stream_capturing():  # nothing can be timed now; a later call will
         return choices[0]
     times = timed(choices, prepare)
-    return keep(key, fastest(times), times)
+    config = fastest(times)
+    debug("Triton configuration for %s: %s", key, config)
+    return keep(key, config, times)
 
 
 _known: dict[str, Config] = {}
@@ -117,15 +120,15 @@ def known(key: str, choices: list[Config]) -> Config | None:
     if key not in _known:
         entry = read().get(key)
         stored = entry.get("config") if isinstance(entry, dict) else None
-        found = [config for config in choices if list(config) == stored]  # a file chooses, it cannot invent
-        if not found:
+        config = next((config for config in choices if list(config) == stored), None)  # a file cannot invent one
+        if config is None:
             return None
-        _known[key] = found[0]
+        _known[key] = config
     return _known[key]
 
 
 def keep(key: str, config: Config, times: dict[Config, list[float]]) -> Config:
-    """Makes it known to this process and to later ones; what was measured is written for people to read."""
+    """Stores the choice for this process and later ones, with the measurements for people to read."""
     measured = {str(c): {"median": statistics.median(t), "spread": spread(t)} for c, t in times.items()}
     write({**read(), key: {"config": list(config), "seconds": measured}})
     _known[key] = config
@@ -158,7 +161,7 @@ def timed(choices: list[Config], prepare: Callable[[Config], Callable[[], object
         except Exception as error:
             if config == choices[0]:
                 raise
-            logger.debug("Triton configuration %s is left out: %s", config, error)
+            debug("Triton configuration %s is left out: %s", config, error)
     rounds = [{config: seconds(graph) for config, graph in graphs.items()} for _ in range(ROUNDS)]
     return {config: [times[config] for times in rounds] for config in graphs}
 

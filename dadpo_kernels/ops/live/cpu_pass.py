@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Entries, Grads, State
-from ..backends.cpu import Workspace, _cpu, address, operand, prepare
+from ..backends.cpu import Workspace, _cpu, address, describe_tile, operand, prepare
 from .live_pass import LivePass
 
 VECTOR = 16  # numbers that a kernel may read behind the last
 
 
-class CpuLive(LivePass):
+class CpuLivePass(LivePass):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         weight, bias = self.head.weight, self.head.bias
@@ -24,20 +24,14 @@ class CpuLive(LivePass):
         return prepare(super().empty(count + VECTOR))[:count]
 
     def exponentials(self, part: slice, exps: Tensor, entries: Entries, state: State) -> None:
-        """As the parent's, but each group of columns is measured from its own base, which `factors` holds at first.
+        """As the parent's, but each group of columns has a base of its own, which `factors [groups, n]` holds.
 
-        `column_sums` puts in its place what brings the group to the base of all.
+        `column_sums` replaces it by the factor that brings the group to the base of the whole row.
         """
-        h, hidden = self.head, self.hidden[part]
+        hidden = self.hidden[part]
         in_topk = entries.in_topk.contiguous()
         self.factors = exps.new_empty(-(-self.plan.vocab // _cpu.GROUP), len(hidden))
-        tile = _cpu.Tile(
-            hidden=address(hidden), rows=len(hidden), width=hidden.shape[1], hidden_stride=hidden.stride(0),
-            weight=address(self.weight), weight_stride=self.weight.stride(0), bias=address(self.bias), first=0,
-            columns=self.plan.vocab, ids=address(entries.ids), in_topk=address(in_topk), entries=entries.ids.shape[1],
-            scale=h.scale, softcap=h.softcap or 0.0, inv_temperature=1 / h.temperature,
-            bf16=hidden.dtype == torch.bfloat16, threads=torch.get_num_threads(),
-        )  # fmt: skip
+        tile = describe_tile(hidden, self.head, self.weight, self.bias, 0, self.plan.vocab, entries.ids, in_topk)
         _cpu.live_exponentials(
             tile, address(state.max), address(state.sum), address(state.selected), address(exps), address(self.factors)
         )
@@ -60,8 +54,8 @@ class CpuLive(LivePass):
         )  # fmt: skip
         return sums.sum(0, dtype=torch.float64)
 
-    def kept(self, exps: Tensor, live: Tensor) -> Tensor:
-        return super().kept(exps, live).mul_(self.factors.index_select(0, live // _cpu.GROUP))
+    def retained_exponentials(self, exps: Tensor, live: Tensor) -> Tensor:
+        return super().retained_exponentials(exps, live).mul_(self.factors.index_select(0, live // _cpu.GROUP))
 
     def threshold(self, energy: Tensor, allowed: Tensor) -> Tensor:
         """By the 16 leading bits of each energy, which order it to a hundredth: much faster than sorting."""

@@ -1,4 +1,4 @@
-"""What a backward of the live plan did: its measured error and its cost, for whoever wants to look."""
+"""Diagnostics of a backward of the live plan: its measured error and its cost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ def live_diagnostics() -> Iterator[list[LiveDiagnostics]]:
         loss.backward()
     print(done[0].certificate, done[0].units)
 
-    Of the whole process, not of a thread: autograd may run the backward in a thread of its own.
+    Collects from the whole process, not from one thread: autograd may run the backward in another thread.
     """
     collected: list[LiveDiagnostics] = []
     _collectors.append(collected)
@@ -47,5 +47,6 @@ def live_diagnostics() -> Iterator[list[LiveDiagnostics]]:
 
 
 def record(diagnostics: LiveDiagnostics) -> None:
+    """Hand the diagnostics of a backward to every collector that is open."""
     for collector in _collectors:
         collector.append(diagnostics)

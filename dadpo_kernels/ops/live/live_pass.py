@@ -17,33 +17,18 @@ worst chunks exactly if that guess was wrong. So `|dz' - dz| <= grad_tolerance |
 Matrices are stored by column of the vocabulary, `[V, n]`: a live column is a contiguous row.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..backends.base import Coefficients, Entries, Grads, Head, State, inside_topk, merge_tail, statistic_dtype
-from ..backends.reference import transform_logits
+from ..backends.base import Coefficients, Entries, Grads, State, accumulator_dtype, inside_topk, merge_tail
 from ..backends.torch_ import finite, wide_mm
-from ..plan import LivePlan
-from .diagnostics import LiveDiagnostics, record
+from ..head import Head
+from .plan import LivePlan
+from .tolerance import LIVE, Chunk, check_chunks
 
-LIVE = -1.0  # in a stored profile: this column is live
 AIM = 0.5  # of the tolerance, in the forward: the loss's coefficients differ from token to token
-KEPT = 4096  # columns copied at a time
+COPIED = 4096  # columns retained at a time
 TRIES = 4  # at a chunk's live columns
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk in the backward. Exact ones have every column live and no mass."""
-
-    part: slice  # of the rows
-    live: Tensor  # [L] ascending
-    places: Tensor  # [M, n] of the entries among the live columns
-    exps: Tensor | None  # [L, n] where they were kept
-    coefficients: Coefficients
-    mass: Tensor  # [n] a_n d_n
 
 
 class LivePass:
@@ -51,12 +36,27 @@ class LivePass:
 
     def __init__(self, hidden: Tensor, head: Head, entries: Entries, plan: LivePlan, buffer: Tensor) -> None:
         self.hidden, self.head, self.entries, self.plan = hidden, head, entries, plan
-        self.wide = statistic_dtype(hidden.dtype)
+        self.wide = accumulator_dtype(hidden.dtype)
         count = len(buffer) - plan.profile_bytes
         self.profiles = buffer[: plan.profile_bytes].view(self.wide).view(-1, plan.vocab)  # LIVE at live columns
         self.exps = buffer[plan.profile_bytes :][: count // hidden.itemsize * hidden.itemsize].view(hidden.dtype)
 
-    def statistics(self) -> tuple[State, Tensor]:
+    @staticmethod
+    def workspace_bytes(plan: LivePlan, width: int, dtype: torch.dtype, grad_weight: bool) -> tuple[int, int]:
+        """`(forward, backward)`: what each holds at most in addition to results and buffer.
+
+        The forward has the exponentials of a chunk over the whole vocabulary, and copies of a tile of them; the
+        backward a tile of the gradient of the logits, the rows of the weight and of its gradient that go with it, and
+        for low-precision weights the tile's accumulator.
+        """
+        wide = accumulator_dtype(dtype).itemsize
+        logits = plan.tile * plan.chunk * wide
+        rows = plan.tile * width * wide
+        profiles = -(-plan.rows // plan.chunk) * plan.tile * wide
+        accumulated = rows if grad_weight and dtype.itemsize < wide else 0
+        return plan.vocab * (plan.chunk + 8) * wide + 2 * logits, 2 * logits + 2 * rows + profiles + accumulated
+
+    def forward(self) -> tuple[State, Tensor]:
         """The softmax state of every row, and `dead [n, 3]`: dead mass, residual norm, energy outside the entries.
 
         These three are in units of `exp(z - base)`, the base being the largest logit outside the top k.
@@ -69,14 +69,14 @@ class LivePass:
         for index, part in enumerate(plan.chunks):
             count = part.stop - part.start
             exps = space[: (plan.vocab + 1) * count].view(-1, count)
-            entries, own = self.entries.rows(part), state.rows(part)
-            self.exponentials(part, exps, entries, own)
-            live = self.choose(index, exps[:-1], entries, own, dead[part])
+            entries, chunk_state = self.entries.rows(part), state.rows(part)
+            self.exponentials(part, exps, entries, chunk_state)
+            live = self.choose(index, exps[:-1], entries, chunk_state, dead[part])
             end = used + len(live) * count
             if end <= len(self.exps):
                 out = self.exps[used:end].view(-1, count)
-                for some, columns in zip(out.split(KEPT), live.split(KEPT), strict=True):
-                    some.copy_(self.kept(exps, columns))
+                for rows_out, columns in zip(out.split(COPIED), live.split(COPIED), strict=True):
+                    rows_out.copy_(self.retained_exponentials(exps, columns))
                 used = end
         return state, dead
 
@@ -94,7 +94,7 @@ class LivePass:
         base = finite(state.max)
         for first, columns in self.plan.tiles:
             tile = exps[first : first + columns]
-            slope = self.slope(tile)
+            slope = self.head.slope(tile)
             state.sum.add_(tile.sub_(base).exp_().sum(0))
             if slope is not None:
                 tile *= slope
@@ -108,10 +108,10 @@ class LivePass:
         sums, energy, outside = self.column_sums(exps, share, base)
         label = entries.order == entries.order.shape[1] - 1
         missed = 1 - ((state.selected - row_base[:, None]) - lse[:, None]).exp()[label]  # dz_y of a log-likelihood
-        slope = self.slope(state.selected)
+        slope = self.head.slope(state.selected)
         if slope is not None:
             missed *= slope[label]
-        allowed = (AIM * self.plan.tolerance) ** 2 * (missed.square().sum() + energy.sum()).double()
+        allowed = (AIM * self.plan.grad_tolerance) ** 2 * (missed.square().sum() + energy.sum()).double()
         energy.index_fill_(0, entries.ids.long().flatten(), torch.inf)
 
         rounding = 8 * torch.finfo(self.wide).eps  # of the three sums that cancel in a residual
@@ -155,7 +155,7 @@ class LivePass:
             outside += square.sum(0)
         return sums, energy, outside
 
-    def kept(self, exps: Tensor, live: Tensor) -> Tensor:
+    def retained_exponentials(self, exps: Tensor, live: Tensor) -> Tensor:
         """The rows `live` of the chunk's exps, from the base of their tokens: `[L, n]`."""
         return exps.index_select(0, live)
 
@@ -175,23 +175,24 @@ class LivePass:
             sums[2] += weights[0, first : first + columns] @ tile.square()
         return sums
 
-    def gradient(self, coefficients: Coefficients, dead: Tensor, grads: Grads) -> None:
-        """Writes the gradients of all rows and records the diagnostics; `dead` is what `statistics` returned."""
-        chunks = self.checked_chunks(coefficients, dead, grads)
+    def backward(self, coefficients: Coefficients, dead: Tensor, grads: Grads) -> None:
+        """Writes the gradients of all rows and records the diagnostics; `dead` is what `forward` returned."""
+        chunks = check_chunks(self.plan, self.entries, self.profiles, self.exps, coefficients, dead, grads)
         plan, hidden, weight = self.plan, self.hidden, self.head.weight
-        spread = torch.stack([chunk.mass @ hidden[chunk.part].to(self.wide) for chunk in chunks])  # [chunks, H]
+        # The ghost tokens: one a chunk, with the mean hidden state of its dead mass.
+        ghost_hidden = torch.stack([chunk.mass @ hidden[chunk.part].to(self.wide) for chunk in chunks])  # [chunks, H]
         total = torch.stack([chunk.mass.sum() for chunk in chunks])
-        ghosts = torch.zeros_like(spread)  # profile @ weight
+        ghost_weight = torch.zeros_like(ghost_hidden)  # profile @ weight
         grad_hidden = None if grads.hidden is None else grads.hidden[:, : hidden.shape[1]]
         for first, columns in plan.tiles:
             tile = slice(first, first + columns)
             profile = self.profiles[: len(chunks), tile].clamp_min(0)
             if grad_hidden is not None:
-                ghosts += profile @ weight[tile].to(self.wide)
+                ghost_weight += profile @ weight[tile].to(self.wide)
             grad_weight = grad_bias = None
             if grads.weight is not None:
                 grad_weight = accumulator(grads.weight[tile], self.wide)
-                torch.mm(profile.T, spread, out=grad_weight)
+                torch.mm(profile.T, ghost_hidden, out=grad_weight)
             if grads.bias is not None:
                 grad_bias = grads.bias[tile]
                 torch.mv(profile.T, total, out=grad_bias)
@@ -201,7 +202,7 @@ class LivePass:
                 grads.weight[tile] = grad_weight
                 del grad_weight  # before the next tile's weight is widened
         if grad_hidden is not None:
-            for chunk, ghost in zip(chunks, ghosts, strict=True):
+            for chunk, ghost in zip(chunks, ghost_weight, strict=True):
                 grad_hidden[chunk.part].addr_(chunk.mass, ghost)
 
     def live_gradient(self, chunk: Chunk, first: int, columns: int, grads: Grads) -> None:
@@ -209,18 +210,19 @@ class LivePass:
         begin, end = torch.searchsorted(chunk.live, torch.tensor([first, first + columns]).to(chunk.live)).tolist()
         if begin == end:
             return
-        live, own, part = chunk.live[begin:end], chunk.coefficients, chunk.part
-        dz = self.empty((len(live) + 1) * len(own.c)).view(-1, len(own.c))  # and a spare row
+        live, coefficients, part = chunk.live[begin:end], chunk.coefficients, chunk.part
+        c = coefficients.c
+        dz = self.empty((len(live) + 1) * len(c)).view(-1, len(c))  # and a spare row
         if chunk.exps is not None:
-            torch.mul(chunk.exps[begin:end], own.c, out=dz[:-1])
+            torch.mul(chunk.exps[begin:end], c, out=dz[:-1])
         else:
             logits = self.logits(live, part)
-            slope = self.slope(logits)
-            torch.mul(logits.sub_(own.base).exp_(), own.c, out=dz[:-1])
+            slope = self.head.slope(logits)
+            torch.mul(logits.sub_(coefficients.base).exp_(), c, out=dz[:-1])
             if slope is not None:
                 dz[:-1] *= slope
         inside = (chunk.places >= begin) & (chunk.places < end)
-        dz = dz.scatter_(0, (chunk.places - begin).where(inside, len(live)), own.values.T)[:-1]
+        dz = dz.scatter_(0, (chunk.places - begin).where(inside, len(live)), coefficients.values.T)[:-1]
         if grads.hidden is not None or grads.weight is not None:
             self.add_products(dz, live, first, part, grads)
         if grads.bias is not None:
@@ -237,55 +239,12 @@ class LivePass:
         if grads.weight is not None:
             grads.weight.index_add_(0, live - first, wide_mm(low, self.hidden[part]))
 
-    def checked_chunks(self, coefficients: Coefficients, dead: Tensor, grads: Grads) -> list[Chunk]:
-        """Every chunk's part in the backward, held against the tolerance now that its coefficients are known."""
-        plan, (mass, residual, outside) = self.plan, dead.unbind(1)
-        c, base, values = coefficients.c, coefficients.base, coefficients.values
-        error = (c.double() * residual).square()
-        norm = (c.double().square() * outside) + values.double().square().masked_fill(self.entries.repeats, 0).sum(1)
-        errors = torch.stack([error[part].sum() for part in plan.chunks]).nan_to_num(nan=torch.inf)
-        ranked, order = errors.sort()
-        norm = norm.where(norm.isfinite(), 0).sum()
-        fits = torch.zeros_like(order, dtype=torch.bool)
-        fits[order] = ranked.cumsum(0) <= plan.tolerance**2 * norm
-        chunks, used, exact, lived, recomputed = [], 0, 0, 0, 0
-        for index, part in enumerate(plan.chunks):
-            count, own = part.stop - part.start, Coefficients(c[part], base[part], values[part])
-            live, exps, ghost = (self.profiles[index] < 0).nonzero()[:, 0], None, own.c * mass[part]
-            end = used + len(live) * count
-            if end <= len(self.exps):
-                exps, used = self.exps[used:end].view(-1, count), end
-            if not fits[index]:
-                live, exps, ghost = torch.arange(plan.vocab, device=live.device), None, torch.zeros_like(ghost)
-                exact += count
-            places = torch.searchsorted(live, self.entries.ids[part].T.long().contiguous())
-            chunks.append(Chunk(part, live, places, exps, own, ghost))
-            lived += len(live) * count
-            recomputed += 0 if exps is not None else len(live) * count
-        everything = plan.rows * plan.vocab
-        products = (grads.hidden is not None) + (grads.weight is not None)
-        record(
-            LiveDiagnostics(
-                tokens=plan.rows,
-                certificate=float((errors[fits].sum() / norm.clamp_min(torch.finfo(norm.dtype).tiny)).sqrt()),
-                live_share=lived / everything,
-                exact_share=exact / plan.rows,
-                units=1 + (recomputed + products * lived) / everything,
-            )
-        )
-        return chunks
-
     def logits(self, columns: slice | Tensor, part: slice) -> Tensor:
         """`[columns, n]`"""
         h = self.head
         raw = wide_mm(h.weight[columns], self.hidden[part].T)
         bias = None if h.bias is None else h.bias[columns].to(raw.dtype)[:, None]
-        return transform_logits(raw, bias, h.scale, h.softcap, h.temperature)
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """`1 - tanh^2` of the softcap, from the logits behind it."""
-        h = self.head
-        return None if h.softcap is None else 1 - (logits * (h.temperature / h.softcap)).square()
+        return h.transform(raw, bias)
 
 
 def accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...cache.dataset import PairCollator, PairDataset
-from ...losses.targets import TeacherTargets
-
-TEACHER_KEYS = tuple(f"teacher_{name}" for name in TeacherTargets._fields)
 
 
 class ReadPairs:
@@ -42,7 +39,7 @@ def cached_pairs(data: Any) -> PairDataset | None:
 
 
 class PairPreferenceCollator:
-    """Batches of cached pairs in TRL's columns, with the teacher's beside them; other examples go to TRL's collator.
+    """Batches of cached pairs in TRL's columns, with the teacher's in addition; other examples go to TRL's collator.
 
     `input_ids`, `attention_mask`, `completion_mask` are `[2B, S]`, `ref_chosen_logps` and `ref_rejected_logps` `[B]`
     if the cache has them; the `teacher_*` columns are aligned as `PairCollator` does: position t is about token t + 1.

@@ -11,8 +11,10 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ...models.distributed import check_on_first_rank, unrounded
-from ...models.lm_head import LMHead, check_lm_head, head_module, unwrap
+from ...models.lm_head import check_lm_head, head_module, unwrap
 from ...models.patch import replace_forward, selected_forward
+from ...ops.head import Head
+from ...ops.run import Run
 from ...ops.selected_logps import SelectedLogps
 from ...ops.token_statistics import linear_token_statistics
 
@@ -38,8 +40,7 @@ def add_fused_lm_head(
     outputs: tuple[str, ...] = ("log_probs",),
     *,
     token_metrics: bool,
-    backend: str,
-    memory_budget: int | None,
+    run: Run,
 ) -> None:
     """TRL's function of this name on our primitive: `model(..., labels=labels, fused_lm_head=True)`.
 
@@ -47,7 +48,7 @@ def add_fused_lm_head(
         model: a causal LM of transformers.
         outputs: fields of TRL's FusedCausalLMOutput that are wanted.
         token_metrics: compute those that are for logging only; else they hold zeros.
-        backend, memory_budget: see `linear_selected_logps`.
+        run: backend, memory budget and gradient tolerance of the head.
     """
     head_module(model)  # every rank refuses what it can see
     check_on_first_rank(model, check_lm_head)
@@ -57,18 +58,15 @@ def add_fused_lm_head(
         if name in outputs and (token_metrics or name == "log_sum_sq_probs")
     }
 
-    def fused(self: Any, run: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
+    def fused(self: Any, forward: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
         seen: dict[str, Tensor] = {}
 
-        def observe(hidden: Tensor, head: LMHead, labels: Tensor) -> None:
-            options = {"bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-            statistics = linear_token_statistics(hidden, head.weight, labels, **options)  # type: ignore[arg-type]
+        def observe(hidden: Tensor, head: Head, labels: Tensor) -> None:
+            statistics = linear_token_statistics(hidden, head, labels)
             seen.update({name: getattr(statistics, field) for name, field in computed.items()})
 
         del kwargs["fused_lm_head"]
-        out = selected_forward(
-            self, run, kwargs, backend=backend, memory_budget=memory_budget, observe=observe if computed else None
-        )
+        out = selected_forward(self, forward, kwargs, run, observe if computed else None)
         logps = out.selected_logps.label
         for name in outputs:
             if name in _STATISTICS and name not in seen:

@@ -22,60 +22,42 @@ from trl.trainer.utils import create_model_from_path
 
 from ...cache.dataset import PairDataset
 from ...losses.divergence import check_divergence_options, topk_divergence
-from ...losses.linear_loss import Answers, pair_counts
+from ...losses.linear_loss import pair_counts
+from ...losses.options import Sides
 from ...losses.targets import TeacherTargets
+from ...ops.run import Run
 from ...ops.selected_logps import SelectedLogps
-from .dataset import TEACHER_KEYS, PairPreferenceCollator, as_trl_dataset, cached_pairs
+from ..live_metrics import LiveMetrics
+from ..options import TeacherOptions
+from .dataset import PairPreferenceCollator, as_trl_dataset, cached_pairs
 from .head import FusedSelectedOutput, add_fused_lm_head, instead_of_trls, run_fused
 
 _TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
 @dataclass
-class DaDPOConfig(DPOConfig):
+class TRLDaDPOConfig(TeacherOptions, DPOConfig):
     """TRL's DPOConfig and the teacher. `beta` is the strength of the reference, as in TRL (`beta_ref` elsewhere here).
 
-    With `beta_teacher=0` and `kl_weight=0` it is DPOConfig. The options mean what they mean in `linear_dadpo_loss`.
+    With `beta_teacher=0` and `kl_weight=0` it is DPOConfig.
     """
 
-    beta_teacher: float = field(
-        default=0.0, metadata={"help": "Strength of the log-ratio to the teacher; 0 leaves it out."}
-    )
-    kl_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the divergence from the teacher's top-k and tail, per token."}
-    )
-    kl_on: str = field(
-        default="both", metadata={"help": "Answers the divergence is taken on: both, chosen or rejected."}
-    )
-    divergence: str = field(default="forward_kl", metadata={"help": "forward_kl, reverse_kl or js."})
-    support: str = field(
-        default="tail",
-        metadata={"help": "Outcomes compared: tail (top-k and the rest as one), renormalized or truncated."},
-    )
-    js_mix: float = field(default=0.5, metadata={"help": "The teacher's weight in the mixture of js, in (0, 1)."})
-    kd_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of both sides in the divergence; needs support=renormalized."}
-    )
     token_metrics: bool = field(
         default=True,
         metadata={
             "help": "Log TRL's entropy, logits/* and mean_token_accuracy: one more product with the LM head a step."
         },
     )
-    backend: str = field(default="auto", metadata={"help": "Kernels of the LM head; see `dadpo doctor`."})
-    memory_budget: int | None = field(
-        default=None,
-        metadata={"help": "Bytes kept between forward and backward of the head to save work; default 256 MiB."},
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Run(self.backend, self.memory_budget, self.grad_tolerance)  # checks them
         check_divergence_options(self.divergence, self.support, self.js_mix, self.kd_temperature)
         for name in ("beta", "beta_teacher", "kl_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        if self.kl_on not in get_args(Answers):
-            raise ValueError(f"unknown kl_on {self.kl_on!r}: choose one of {', '.join(get_args(Answers))}")
+        if self.kl_on not in get_args(Sides):
+            raise ValueError(f"unknown kl_on {self.kl_on!r}: choose one of {', '.join(get_args(Sides))}")
         if self.beta + self.beta_teacher == 0:
             raise ValueError(
                 "beta and beta_teacher are both 0, which leaves no preference: make one of them positive, or distil "
@@ -83,7 +65,7 @@ class DaDPOConfig(DPOConfig):
             )
 
 
-class DaDPOTrainer(DPOTrainer):
+class TRLDaDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer with our log-probabilities underneath and a teacher on top.
 
     All of TRL's arguments, options and metrics keep their meaning. Datasets may be TRL's, or `PairDataset`s: teacher
@@ -101,7 +83,7 @@ class DaDPOTrainer(DPOTrainer):
         ValueError: options or datasets that contradict each other, or a head that `lm_head` refuses.
     """
 
-    args: DaDPOConfig
+    args: TRLDaDPOConfig
     model: nn.Module
     _signature_columns: Any
 
@@ -124,16 +106,16 @@ class DaDPOTrainer(DPOTrainer):
         self,
         model: Any,
         ref_model: Any = None,
-        args: DaDPOConfig | None = None,
+        args: TRLDaDPOConfig | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
-            args = DaDPOConfig()
-        if not isinstance(args, DaDPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: pass a DaDPOConfig, it takes all that DPOConfig takes")
+            args = TRLDaDPOConfig()
+        if not isinstance(args, TRLDaDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a TRLDaDPOConfig, which has all of DPOConfig's")
         sets = {"train_dataset": train_dataset}
         sets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         sets = {name: data for name, data in sets.items() if data is not None}
@@ -141,10 +123,11 @@ class DaDPOTrainer(DPOTrainer):
             _check_dataset(name, data, args)
         ours: dict[str, Any] = {
             "add_fused_lm_head": functools.partial(
-                add_fused_lm_head, token_metrics=args.token_metrics, backend=args.backend,
-                memory_budget=args.memory_budget,
+                add_fused_lm_head,
+                token_metrics=args.token_metrics,
+                run=Run(args.backend, args.memory_budget, args.grad_tolerance),
             )
-        }  # fmt: skip
+        }
         if args.beta == 0 or all(isinstance(data, PairDataset) and data.has_reference for data in sets.values()):
             args.precompute_ref_log_probs = True  # TRL then keeps no reference model
             ours["create_model_from_path"] = self._load_policy_only
@@ -162,6 +145,7 @@ class DaDPOTrainer(DPOTrainer):
             self.data_collator = PairPreferenceCollator(self.data_collator)
         self.beta = args.beta + args.beta_teacher
         self._step_counts: Tensor | None = None
+        self._live = LiveMetrics()
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -197,19 +181,16 @@ class DaDPOTrainer(DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """TRL's; but under DeepSpeed log-probabilities are not rounded to the compute dtype."""
-        names = (*TEACHER_KEYS, "ref_chosen_logps", "ref_rejected_logps")
+        names = (*TeacherTargets.columns(), "ref_chosen_logps", "ref_rejected_logps")
         logps = {name: inputs[name] for name in names if name in inputs}
         return super()._prepare_inputs(inputs) | send_to_device(logps, self.args.device)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        columns = [inputs.pop(name, None) for name in TEACHER_KEYS]  # not for the model: TRL passes on what it gets
-        teacher = None if columns[0] is None else TeacherTargets(*columns)
-        if teacher is None and (self.args.beta_teacher or self.args.kl_weight):
-            raise ValueError(
-                "beta_teacher and kl_weight need a teacher, and the batch has none: train on a PairDataset, or give "
-                f"{', '.join(TEACHER_KEYS)} in your data_collator as PairPreferenceCollator does"
-            )
+        uses_teacher = bool(self.args.beta_teacher or self.args.kl_weight)
+        teacher = TeacherTargets.from_batch(inputs) if uses_teacher else None
+        for column in TeacherTargets.columns():  # not for the model: TRL passes on what it gets
+            inputs.pop(column, None)
         self._reference(inputs, teacher)
         policy_outputs: list[FusedSelectedOutput] = []
 
@@ -238,6 +219,14 @@ class DaDPOTrainer(DPOTrainer):
         )
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._live.collect():
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the live plan reported since the last training log."""
+        super().log(logs | self._live.pop() if "loss" in logs else logs, start_time)
+
     def _load_policy_only(self, *args: Any, **kwargs: Any) -> nn.Module | None:
         """Not the reference, which TRL loads under FSDP all the same; it does so when the Trainer has its policy."""
         return None if hasattr(self, "model") else create_model_from_path(*args, **kwargs)
@@ -258,8 +247,8 @@ class DaDPOTrainer(DPOTrainer):
             run = functools.partial(run_fused, self.ref_model or self.model)
             reference = torch.stack(self.compute_ref_log_probs(run, inputs))
         if teacher is not None and self.args.beta_teacher:
-            told = _answer_logps(teacher, _aligned(mask), self.ld_alpha)
-            reference = (self.args.beta * reference + self.args.beta_teacher * told.view(2, -1)) / self.beta
+            teacher_logps = _answer_logps(teacher, _aligned(mask), self.ld_alpha).view(2, -1)
+            reference = (self.args.beta * reference + self.args.beta_teacher * teacher_logps) / self.beta
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
 
     def _divergence(
@@ -267,7 +256,7 @@ class DaDPOTrainer(DPOTrainer):
     ) -> Tensor:
         """This micro-batch's share of the step's mean divergence, as the Trainer wants it scaled; logs the metrics."""
         valid = _aligned(mask) > 0
-        teacher.checked_topk(valid, torch.iinfo(torch.int32).max)  # the head has checked the ids by now
+        teacher.checked_topk(valid)
         pairs = len(mask) // 2
         rows, counted = {
             "both": (slice(None), slice(1, 3)),
@@ -313,7 +302,7 @@ def _answer_logps(teacher: TeacherTargets, mask: Tensor, ld_alpha: float | None)
     return teacher.answer_logps(mask > 0)
 
 
-def _check_dataset(name: str, data: Any, args: DaDPOConfig) -> None:
+def _check_dataset(name: str, data: Any, args: TRLDaDPOConfig) -> None:
     """What can be known of a cache before the first batch."""
     if not isinstance(data, PairDataset):
         return

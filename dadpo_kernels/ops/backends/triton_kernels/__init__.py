@@ -1,5 +1,6 @@
-"""Triton kernels. Importing a module of this package imports Triton; `backends/triton_.py` does so when first used.
+"""Triton kernels. Importing a module of this package imports Triton; `backends/triton_.py` does so on first use.
 
-`logits` is what all share; `rows` and `topk` pass over a tile of products in memory, a program per row; `forward` and
-`backward` compute the products themselves, on the matrix units, and no logit leaves the chip.
+- `logits`: device functions that all kernels share.
+- `rows`, `topk`: row passes over a tile of products in memory, one program per row.
+- `product`, `forward`, `backward`: kernels that compute the products with `tl.dot` and never store a logit.
 """

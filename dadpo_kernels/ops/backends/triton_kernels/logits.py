@@ -1,4 +1,4 @@
-"""From a product `hidden . weight[j]` to a logit, and the entries of a row that lie in a tile."""
+"""Device functions that turn a product `hidden . weight[j]` into a logit."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    # A series near 0, where 1 - e^-2x would cancel.
+    # A Taylor series near 0, where 1 - e^-2x cancels.
     size = tl.abs(x)
     square = x * x
     e = tl.exp(-2.0 * size)
@@ -17,7 +17,7 @@ def tanh(x):
 
 @triton.jit
 def transform(products, scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
-    """Products (bias added) -> logits."""
+    """Logits from float32 products with the bias already added; elementwise on any shape."""
     if SOFTCAP:
         return tanh(products * (scale / softcap)) * (softcap * inv_temperature)
     else:
@@ -26,12 +26,12 @@ def transform(products, scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def slope(logits, softcap, inv_temperature):
-    """The softcap's `1 - tanh^2`, from the logits behind it; 0 where a logit was replaced by -inf."""
+    """The softcap's derivative `1 - tanh^2`, recovered from its output; 0 where a logit was replaced by -inf."""
     y = logits / (softcap * inv_temperature)
     return tl.maximum(1.0 - y * y, 0.0)
 
 
 @triton.jit
 def finite(maximum):
-    """A reference for exponentials that never forms `inf - inf`."""
+    """Replaces a maximum of -inf by 0, so that `exp(z - maximum)` never evaluates `inf - inf`."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -1,0 +1,144 @@
+"""The primitive as two `torch.library` operators, forward and backward, which `torch.compile` sees as one node each.
+
+Operators take flat arguments: what travels as a `Head` and a `Run` elsewhere is taken apart here and nowhere else.
+"""
+
+import torch
+from torch import Tensor
+
+from .autocast import without_autocast
+from .backends.base import accumulator_dtype, run_forward
+from .head import Head
+from .valid_tokens import ValidTokens, spread
+
+
+@torch.library.custom_op("dadpo::selected_logps", mutates_args=())
+@without_autocast
+def selected_logps(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H], of hidden's dtype
+    bias: Tensor | None,  # [V], of hidden's dtype
+    labels: Tensor,  # [N] int64 or int32
+    topk_ids: Tensor | None,  # [N, K] int64 or int32
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,  # a name in BACKENDS
+    grad_tolerance: float | None,
+    buffer_bytes: int,  # of what the forward may retain for the backward
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(label [N], topk [N, K], tail [N], state [N, 3], buffer [bytes])`; the state: lse, the tail's max and sum.
+
+    The live plan adds three columns to the state: see `LivePass.forward`.
+    """
+    head = Head(weight, bias, logit_scale, softcap, temperature)
+    valid = ValidTokens(hidden, head, labels, topk_ids, ignore_index, backend, buffer_bytes)
+    buffer = valid.tiles.empty(buffer_bytes, dtype=torch.uint8, device=hidden.device)
+    if grad_tolerance is None:
+        state = run_forward(valid.tiles, valid.plan, buffer)
+        dead = state.max.new_empty(len(valid.index), 0)
+    else:
+        state, dead = valid.live_pass(grad_tolerance, buffer, len(labels)).forward()
+    *logps, summary = valid.logps(state)
+    label, topk, tail, summary = (
+        spread(values, valid.index, labels) for values in (*logps, torch.cat([summary, dead], 1))
+    )
+    return label, topk, tail, summary, buffer
+
+
+@selected_logps.register_fake
+def _(
+    hidden, weight, bias, labels, topk_ids, logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance,
+    buffer_bytes,
+):  # fmt: skip
+    dtype = accumulator_dtype(hidden.dtype)
+    k = 0 if topk_ids is None else topk_ids.shape[1]
+    return (
+        hidden.new_empty(len(labels), dtype=dtype),
+        hidden.new_empty(len(labels), k, dtype=dtype),
+        hidden.new_empty(len(labels), dtype=dtype),
+        hidden.new_empty(len(labels), 3 if grad_tolerance is None else 6, dtype=dtype),
+        hidden.new_empty(buffer_bytes, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("dadpo::selected_logps_backward", mutates_args=())
+@without_autocast
+def selected_logps_backward(
+    grad_label: Tensor,  # [N] float32, or float64 as the outputs
+    grad_topk: Tensor,  # [N, K]
+    grad_tail: Tensor,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    topk_ids: Tensor | None,
+    label: Tensor,  # the forward's outputs
+    topk: Tensor,
+    tail: Tensor,
+    state: Tensor,
+    buffer: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    grad_tolerance: float | None,
+    needs: list[bool],  # of hidden, weight, bias: whether a gradient is wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
+    head = Head(weight, bias, logit_scale, softcap, temperature)
+    valid = ValidTokens(hidden, head, labels, topk_ids, ignore_index, backend, len(buffer), checked=True)
+    outputs, grads = (label, topk, tail), (grad_label, grad_topk, grad_tail)
+    g = valid.gradients(outputs, grads, state, buffer, needs, grad_tolerance)
+    index = valid.index
+    del valid  # its copies of hidden and its workspace make room for the gradient of all tokens
+    none = hidden.new_empty(0)
+    return (
+        none if g.hidden is None else spread(g.hidden.to(hidden.dtype), index, hidden),
+        none.clone() if g.weight is None else g.weight,
+        none.clone() if g.bias is None else g.bias.to(hidden.dtype),
+    )
+
+
+@selected_logps_backward.register_fake
+def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer,
+      logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance, needs):  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        hidden.new_empty(weight.shape if needs[1] else (0,)),
+        hidden.new_empty(weight.shape[:1] if needs[2] else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, topk_ids, *ctx.options, _ = inputs
+    label, topk, tail, state, buffer = output
+    ctx.mark_non_differentiable(state, buffer)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer)
+
+
+def _backward(ctx, grad_label, grad_topk, grad_tail, _state, _buffer):
+    hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = [
+        torch.zeros_like(o) if g is None else g
+        for g, o in zip((grad_label, grad_topk, grad_tail), (label, topk, tail), strict=True)
+    ]
+    out = selected_logps_backward(
+        *grads, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer, *ctx.options, needs
+    )
+    return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 9
+
+
+def _second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "linear_selected_logps is differentiable once; for second derivatives (gradient penalties, Hessian products) "
+        'use backend="reference"'
+    )
+
+
+selected_logps.register_autograd(_backward, setup_context=_setup_context)
+selected_logps_backward.register_autograd(_second_derivative)

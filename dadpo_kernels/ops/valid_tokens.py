@@ -1,0 +1,150 @@
+"""Masked tokens out before the first product, and back in after the last."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .backends.base import (
+    Coefficients,
+    Entries,
+    Grads,
+    State,
+    inside_topk,
+    merge_tail,
+    run_backward,
+)
+from .backends.logit_gradient import logit_coefficients
+from .backends.registry import BACKENDS
+from .checks import check_range, check_storage
+from .head import Head
+from .live.live_pass import LivePass
+from .live.plan import make_live_plan
+from .run import exact_plan
+
+
+def compact(hidden: Tensor, index: Tensor) -> Tensor:
+    """The rows of `hidden [N, H]` at `index`, contiguous; no copy where these are all rows."""
+    return hidden.contiguous() if len(index) == len(hidden) else hidden[index]
+
+
+def spread(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Values of the tokens at `index` at their places among as many tokens as `like` has, 0 elsewhere."""
+    return values.new_zeros(len(like), *values.shape[1:]).index_copy_(0, index, values)
+
+
+def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:
+    """Ids counted from `first`, in the same order; those outside `[first, first + columns)` where no tile meets them.
+
+    That is below 0, or 2^16 and more behind the last column, which the padding of no tile reaches.
+    """
+    ids = ids - first
+    return ids + 2**16 * (ids >= columns)
+
+
+class ValidTokens:
+    """The tokens whose label is not `ignore_index`, and the tiles over them. Forward and backward make the same one.
+
+    Args:
+        hidden: `[N, H]`.
+        head: whose rows may be the rows `first`, `first + 1`, ... of a head with `vocab` rows.
+        labels, topk_ids: `[N]` and `[N, K]`, ids of the whole vocabulary.
+        buffer_bytes: size of the buffer for what the forward retains.
+        checked: the ids are known to be in range; the forward checks them, the backward need not again.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        topk_ids: Tensor | None,
+        ignore_index: int,
+        backend: str,
+        buffer_bytes: int,
+        *,
+        first: int = 0,
+        vocab: int | None = None,
+        checked: bool = False,
+    ) -> None:
+        check_storage(head.weight)
+        self.index = (labels != ignore_index).nonzero()[:, 0]
+        columns, width = head.weight.shape
+        vocab = columns if vocab is None else vocab
+        labels = labels[self.index]
+        topk_ids = None if topk_ids is None else topk_ids[self.index]
+        if not checked:
+            check_range("labels", labels, vocab, self.index)
+            if topk_ids is not None:
+                check_range("topk_ids", topk_ids, vocab, self.index)
+        if vocab != columns:
+            labels = local_ids(labels, first, columns)
+            topk_ids = None if topk_ids is None else local_ids(topk_ids, first, columns)
+        self.head, self.backend = head, BACKENDS[backend]
+        self.entries = Entries.merge(labels, topk_ids)
+        self.tiles = self.backend.tiles(compact(hidden, self.index), head, self.entries)
+        self.plan = exact_plan(backend, len(self.index), columns, width, hidden.dtype, buffer_bytes)
+
+    def logps(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(label [n], topk [n, K], tail [n], summary [n, 3])` from the softmax state of all columns.
+
+        The summary is what `gradients` needs of the state: lse, the tail's largest logit and its sum.
+        """
+        base, lse, tail = merge_tail(state, inside_topk(self.entries, state.selected))
+        selected = (state.selected - base[:, None]) - lse[:, None]
+        logps = torch.empty_like(selected).scatter_(1, self.entries.order, selected)
+        k = logps.shape[1] - 1
+        return logps[:, k], logps[:, :k], tail, torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1)
+
+    def gradients(
+        self,
+        outputs: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Tensor,
+        buffer: Tensor,
+        needs: Sequence[bool],
+        grad_tolerance: float | None = None,
+    ) -> Grads:
+        """Gradients of hidden `[n, H]`, weight and bias, as `needs` says; all but the weight's in the state's dtype.
+
+        `outputs` and `grads` are label, topk and tail of all tokens; `state [N, 3]` is the summary that `logps` gave,
+        with zeros for masked tokens, and for the live plan `[N, 6]`, with what its forward says of dead columns.
+        """
+        weight, wide = self.head.weight, state.dtype
+        rows, width = len(self.index), weight.shape[1]
+        grad_hidden = weight.new_zeros(rows, self.tiles.grad_hidden_columns(), dtype=wide) if needs[0] else None
+        grad_weight = self.tiles.empty(*weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else None
+        grad_bias = weight.new_empty(len(weight), dtype=wide) if needs[2] else None
+        if rows:
+            coefficients, dead = self.coefficients(outputs, grads, state)
+            out = Grads(grad_hidden, grad_weight, grad_bias)
+            if grad_tolerance is None:
+                plan = replace(self.plan, grad_hidden=bool(needs[0]), grad_weight=bool(needs[1]))
+                run_backward(self.tiles, plan, buffer, coefficients, out)
+            else:
+                self.live_pass(grad_tolerance, buffer, len(state)).backward(coefficients, dead, out)
+        else:
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.zero_()
+        return Grads(None if grad_hidden is None else grad_hidden[:, :width], grad_weight, grad_bias)
+
+    def coefficients(
+        self, outputs: Sequence[Tensor], grads: Sequence[Tensor], state: Tensor
+    ) -> tuple[Coefficients, Tensor]:
+        """The gradient of the logits, and what the live plan's forward says of dead columns, of the valid tokens."""
+        label, topk, tail = outputs
+        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
+        label, topk, tail = grads
+        incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(state.dtype)
+        summary, dead = state[self.index].split([3, state.shape[1] - 3], 1)
+        return logit_coefficients(self.entries, self.head, logps, summary, incoming), dead
+
+    def live_pass(self, grad_tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
+        """The live pass over the valid ones of `tokens` tokens, with the buffer that forward and backward share."""
+        hidden, head = self.tiles.hidden, self.head
+        vocab, width = head.weight.shape
+        size = hidden.dtype.itemsize
+        plan = make_live_plan(tokens, len(hidden), vocab, width, size, len(buffer), grad_tolerance)
+        return self.backend.live(hidden, head, self.entries, plan, buffer)

@@ -1,0 +1,98 @@
+"""A `Head` in place of `weight`, and the options of a run, in every public function that takes them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dadpo_kernels import (
+    Head,
+    Run,
+    linear_selected_logps,
+    linear_token_statistics,
+    linear_topk_logps,
+)
+from tests.support.dense import random_problem
+
+OPTIONS = {"logit_scale": 0.7, "softcap": 6.0, "temperature": 1.3}
+
+
+def problem():
+    p = random_problem(rows=7, vocab=90, width=6, k=4, bias=True)
+    return p, Head(p.weight, p.bias, **OPTIONS)
+
+
+CALLS = {
+    "selected": lambda p, weight, **options: linear_selected_logps(p.hidden, weight, p.labels, p.topk_ids, **options),
+    "topk": lambda p, weight, **options: linear_topk_logps(p.hidden, weight, 3, labels=p.labels, **options),
+    "statistics": lambda p, weight, **options: linear_token_statistics(p.hidden, weight, p.labels, **options),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_head_is_its_weight_with_its_options(call):
+    p, head = problem()
+    expected = call(p, p.weight, bias=p.bias, **OPTIONS)
+    plain = call(p, p.weight)
+    for got, want, without in zip(call(p, head), expected, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert got.dtype in (torch.bool, torch.int64) or not torch.equal(got, without)  # the options arrive
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_options_in_addition_to_a_head_and_unknown_ones_are_refused(call):
+    p, head = problem()
+    with pytest.raises(ValueError, match="softcap given in addition to a Head"):
+        call(p, head, softcap=3.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'soft_cap'; the head's options are bias, "):
+        call(p, p.weight, soft_cap=3.0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_autocast_is_a_cast_of_hidden_weight_and_bias_and_no_more(call, backend):
+    """Bit by bit, also in the backward: autocast inside the passes would round each product."""
+    p, head = problem()
+    options = {} if call is CALLS["statistics"] else {"backend": backend}
+
+    def run(hidden, head, autocast):
+        hidden, head = hidden.clone().requires_grad_(), head.map(lambda t: t.clone().requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = call(replace(p, hidden=hidden), head, **options)
+        if call is CALLS["selected"]:
+            sum(values.sum() for values in outputs).backward()
+        return outputs, hidden.grad, head.weight.grad
+
+    low_outputs, *low_grads = run(p.hidden.bfloat16(), head.map(Tensor.bfloat16), False)
+    outputs, *grads = run(p.hidden, head, True)
+    torch.testing.assert_close(outputs, low_outputs, rtol=0, atol=0)
+    for grad, low in zip(grads, low_grads, strict=True):
+        assert (grad is None) == (low is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, low.float(), rtol=0, atol=0)
+
+
+def test_gradients_reach_the_heads_tensors():
+    p, head = problem()
+    head = head.map(lambda tensor: tensor.requires_grad_())
+    linear_selected_logps(p.hidden, head, p.labels, p.topk_ids).label.sum().backward()
+    assert p.weight.grad.abs().sum() > 0
+    assert p.bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "cudnn"}, "backend='cudnn' is unknown; choose one of auto, reference, cpu"),
+        ({"memory_budget": -1}, "memory_budget=-1 is negative"),
+        ({"grad_tolerance": 1.0}, r"grad_tolerance=1.0 must lie in \(0, 1\)"),
+        ({"grad_tolerance": 0.0}, r"grad_tolerance=0.0 must lie in \(0, 1\)"),
+    ],
+)
+def test_a_run_checks_its_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**options)
+    p, head = problem()
+    with pytest.raises(ValueError, match=message):
+        linear_selected_logps(p.hidden, head, p.labels, **options)
