@@ -10,7 +10,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from dadpo_kernels.ops.backends.registry import BACKENDS
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -33,12 +33,12 @@ def test_site_builds(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_code_runs(page):
+def test_code_runs(page, tmp_path):
     for block in blocks(page):
         compile(block, page.name, "exec")
     if page.name != TRAINERS:
         with mock.patch.dict(BACKENDS):  # a page adds one
-            exec("\n".join(blocks(page)), {"__name__": page.stem, **names(page.stem)})
+            exec("\n".join(blocks(page)), {"__name__": page.stem, **names(page.stem, tmp_path)})
 
 
 def test_tables_are_those_of_the_results():
@@ -48,8 +48,13 @@ def test_tables_are_those_of_the_results():
         assert path.read_text() == text, f"{path.name} is stale: run `python -m benchmarks.report`"
 
 
-def names(page: str) -> dict:
+def names(page: str, directory: Path) -> dict:
     """What a page's code takes for granted."""
+    if page == "teacher":
+        tiny_llama().save_pretrained(directory / "teacher")
+        tiny_tokenizer().save_pretrained(directory / "teacher")
+        pairs = ROOT / "examples" / "quickstart" / "data" / "heldout.jsonl"
+        return {"teacher_path": directory / "teacher", "pairs_path": pairs, "cache_path": directory / "cache"}
     if page != "live":
         return {}
     import dadpo_kernels

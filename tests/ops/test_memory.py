@@ -88,6 +88,17 @@ def test_estimate_is_what_is_measured(backend, what):
     assert estimate.plan.units == (3 if budget or frozen else 4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_estimate_of_the_live_plan_is_an_upper_bound(backend):
+    """How many columns are live, and with them what is retained, depends on the data."""
+    estimate = estimate_memory(
+        2048, **SHAPE, dtype=torch.float32, backend=backend, memory_budget=0, grad_tolerance=1e-2
+    )
+    assert estimate.plan.name == "live"
+    measured = peak_mib(2048, "live", backend, MALLOC_MMAP_THRESHOLD_="65536")
+    assert 0.5 * estimate.total / 2**20 < measured < 1.1 * estimate.total / 2**20 + 8
+
+
 def test_copies_of_hidden_make_room_for_the_gradient_of_all_tokens():
     shape = {"vocab": 4096, "width": 512, "k": 4}
     measured = peak_mib(16_384, "0", "cpu", shape, masked=8_192, MALLOC_MMAP_THRESHOLD_="65536")
@@ -105,6 +116,12 @@ def test_memory_command(capsys):
     budget = next(name for name in fits if name not in ("0", "default", "everything"))
     assert fits[budget] == "yes"
     assert int(budget) > 2**20
+
+    assert main(["memory", *shape, "--grad-tolerance", "1e-3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[1] for line in lines[3:]} == {"live"}
+    assert main(["memory", *shape, "--grad-tolerance", "2"]) == 1
+    assert "grad_tolerance=2.0 must lie in (0, 1)" in capsys.readouterr().err
 
     assert main(["memory", *shape, "--memory", "1MiB"]) == 1
     assert "Nothing fits" in capsys.readouterr().out
