@@ -28,9 +28,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 benchmark: $(VENV)/.dev
-	$(RUN) -m benchmarks.run --device cpu --out benchmarks/results/cpu.json
-	$(RUN) -m benchmarks.run --device cpu --out benchmarks/results/cpu.json --scaling
-	$(RUN) -m benchmarks.report benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.run --out benchmarks/results/cpu.json
+	$(RUN) -m benchmarks.studies.scaling --out benchmarks/results/scaling.json
+	$(RUN) -m benchmarks.report
 
 # The extension is rebuilt when its sources change. PyTorch comes first, so that no other package picks its build.
 $(VENV)/.dev: pyproject.toml setup.py $(wildcard csrc/*/*)

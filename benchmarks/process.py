@@ -1,5 +1,6 @@
 """A fresh process for every measurement, and the record of what it ran on."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -18,22 +19,20 @@ PACKAGES = ("torch", "liger-kernel", "trl", "cut-cross-entropy", "transformers")
 
 def child(inputs: Path, variant: str, threads: int, calls: int, *options: str) -> dict:
     """Measure one variant with `benchmarks.measure` in a fresh process and return what it reports."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.measure",
-        str(inputs),
-        "--variant",
-        variant,
-        "--calls",
-        str(calls),
-        *options,
-    ]
+    command = [sys.executable, "-m", "benchmarks.measure", str(inputs), "--variant", variant, "--calls", str(calls)]
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | limits, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, *options], cwd=ROOT, env=os.environ | limits, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring {variant} {' '.join(options)} ended with exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every program that measures takes: `--out` and `--threads`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of rows to write or to update")
+    return parser
 
 
 def environment(threads: int) -> dict:

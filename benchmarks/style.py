@@ -1,12 +1,8 @@
 """One look for every plot of this repository: readable at a README's width, and in print without colour."""
 
-import hashlib
-import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
-DIGEST = "drawn-from"  # a text chunk of the PNG
 OURS, RIVAL, LIMIT = "#1b5fa8", "#b4b8bf", "#c23b22"  # what is ours, what is not, and bounds that hold for both
 
 SETTINGS: dict[Any, Any] = {
@@ -44,29 +40,10 @@ def figure(
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def save(drawing: Any, path: Path, source: str = "", drawn_from: str = "") -> None:
-    """Write a PNG and close the figure.
-
-    `source`, where the numbers come from, stands below the figure in small print; `drawn_from`, a `digest`, is stored
-    in the file, for `stored_digest` to find.
-    """
+def save(drawing: Any, path: Path) -> None:
+    """Write a PNG and close the figure."""
     import matplotlib.pyplot as plt
 
-    if source:
-        drawing.text(0.01, -0.01, "\n".join(textwrap.wrap(source, 130)), va="top", fontsize=6.5, color="#6b7077")
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, metadata={DIGEST: drawn_from} if drawn_from else None)
+    drawing.savefig(path)
     plt.close(drawing)
-
-
-def digest(data: Any) -> str:
-    """Of what a figure shows: any JSON value."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def stored_digest(path: Path) -> str | None:
-    """What `save` was given as `drawn_from`."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.info.get(DIGEST)

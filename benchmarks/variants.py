@@ -10,7 +10,7 @@ The objectives are
 
 Where a rival leaves a choice, it is given the better one: masked tokens are removed for it (except in the row that
 shows what TRL does by itself on a CPU), TRL is asked for log-probabilities alone, and Liger is spared its reference
-model. `tests/test_benchmarks.py` holds all of them against each other in value and gradient.
+model. `tests/benchmarks/test_cases.py` holds all of them against each other in value and gradient.
 """
 
 from collections.abc import Callable

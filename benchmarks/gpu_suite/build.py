@@ -96,7 +96,7 @@ def jobs(capability: int) -> list[Job]:
 
 def compile_job(job: Job, capability: int) -> dict:
     """`{kernel's hash: (name, CompiledKernel)}`"""
-    from benchmarks import offline  # needs Triton
+    from tools import offline  # needs Triton
 
     chosen = mock.patch.object(triton_, "choose", nth_choice(job.choice, capability))
     with offline.compiling(capability) as compiled, chosen:

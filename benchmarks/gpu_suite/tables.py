@@ -10,8 +10,7 @@ from benchmarks import style
 from benchmarks.gpu_suite import cost_model
 from benchmarks.gpu_suite.runner import complaints
 from benchmarks.gpu_suite.settings import REPEATS, SHAPES, TOKENS, TOP_K
-
-BEGIN, END = "<!-- benchmark:gpu -->", "<!-- /benchmark:gpu -->"  # in README
+from benchmarks.rows import NOTHING, markdown
 
 # What the backends are built for, on an H100: milliseconds of a step with 64 top-k ids and 8,192 tokens; a step over
 # its three products, where H is WIDE or more; bytes beside the gradients (and the exponentials, if they are retained);
@@ -25,10 +24,8 @@ MILLISECONDS = {
 STEP, WIDE, ROOM, PASS = {"retain": 1.15, "recompute": 1.45}, 3072, 300 * 2**20, 0.85
 
 
-def markdown(columns: list[str], rows: list[dict]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
+def listed(columns: Sequence[str], rows: Sequence[dict]) -> str:
+    return markdown(columns, [[cell(row.get(column)) for column in columns] for row in rows])
 
 
 def cell(value: object) -> str:
@@ -164,13 +161,13 @@ def report(results: dict, only: Sequence[str] = ()) -> str:
         columns += [column for column in COMPARED if any(column in row for row in rows)]
         parts.append(f"### {name} ({stage['status']}; {stage['seconds']:.0f} of {stage['limit']:.0f} s)")
         if rows:
-            parts.append(markdown(columns, rows))
+            parts.append(listed(columns, rows))
     if wrong := complaints(results):
         parts += ["### failures", "\n".join(f"- {line}" for line in wrong)]
     if missed := misses(results):
         parts += [f"### further than {cost_model.MISS:.0%} from the cost model", "\n".join(f"- {m}" for m in missed)]
     if found := goals(results):
-        parts += ["### goals", markdown(list(found[0]), found)]
+        parts += ["### goals", listed(list(found[0]), found)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,22 +175,14 @@ def readme(files: Sequence[dict]) -> str:
     """The table for README: the faster backend of each plan, beside the products and rivals of the same run."""
     files = [results for results in files if "table" in results["stages"]]
     if not files:
-        waiting = " | ".join(["not measured yet"] * 3)
-        lines = [
-            "| GPU, bfloat16, 8,192 answer tokens | retain | recompute | rivals |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        return "\n".join([*lines, f"| {', '.join(shape.name for shape in SHAPES)} | {waiting} |"])
+        header = ["GPU, bfloat16, 8,192 answer tokens", "retain", "recompute", "rivals"]
+        return markdown(header, [[", ".join(shape.name for shape in SHAPES), *["not measured yet"] * 3]])
     return "\n\n".join(readme_table(results) for results in files)
 
 
 def readme_table(results: dict) -> str:
     environment, most = results["environment"], max(TOP_K)
-    lines = [
-        f"| {environment['device']}, bfloat16, {TOKENS:,} answer tokens | three products | label + top-{most} + tail: "
-        "retain | recompute | PyTorch, full logits | label alone: ours | fastest rival |",
-        "| --- |" + " ---: |" * 6,
-    ]
+    lines = []
     for shape, head in heads(results).items():
         timed = [row for row in timed_steps(results) if row["shape"] == shape and not row["masked"]]
         with_ids, alone = ([row for row in timed if bool(row["top_k"]) == wanted] for wanted in (True, False))
@@ -205,22 +194,31 @@ def readme_table(results: dict) -> str:
             fastest([row for row in alone if plan_of(row)], head),
             fastest([row for row in alone if not plan_of(row)], head),
         ]
-        lines.append(f"| {shape} (H={head['width']:,}, V={head['vocab']:,}) | {' | '.join(cells)} |")
+        lines.append([f"{shape} (H={head['width']:,}, V={head['vocab']:,})", *cells])
+    header = [
+        f"{environment['device']}, bfloat16, {TOKENS:,} answer tokens", "three products",
+        f"label + top-{most} + tail: retain", "recompute", "PyTorch, full logits", "label alone: ours",
+        "fastest rival",
+    ]  # fmt: skip
     note = f"Forward and backward, ms and in brackets times the three products; medians of {REPEATS}; commit "
-    return "\n".join(lines) + f"\n\n{note}{environment['commit']}, {environment['date']}."
+    return markdown(header, lines) + f"\n\n{note}{environment['commit']}, {environment['date']}."
 
 
 def fastest(rows: Sequence[dict], head: dict | None = None) -> str:
     """`45.1 (1.35, triton)` of the fastest of these rows."""
     rows = [row for row in rows if "both_seconds" in row]
     if not rows:
-        return "–"
+        return NOTHING
     row = min(rows, key=lambda row: row["both_seconds"])
     time = f"{row['both_seconds'] * 1e3:.1f}"
     if head is None or "both_seconds" not in head:
         return time
     plan = plan_of(row)
     return f"{time} ({row['both_seconds'] / head['both_seconds']:.2f}, {plan[0] if plan else row['name']})"
+
+
+def drawable(results: dict) -> bool:
+    return any(not row["masked"] for row in timed_steps(results))
 
 
 def draw(results: dict) -> Any:

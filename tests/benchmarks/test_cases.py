@@ -8,7 +8,6 @@ from benchmarks.cases import BETA_REF, BETA_TEACHER, IGNORE_INDEX, load_inputs, 
 from benchmarks.floor import floor_dtype, measure_floor, products
 from benchmarks.measure import measure
 from benchmarks.oracle import float64_gradients, relative_error
-from benchmarks.run import ratios
 from benchmarks.variants import BETA, OBJECTIVES, VARIANTS, find_variant
 
 # The maths of Liger and Cut Cross Entropy without waiting for their compilation.
@@ -106,10 +105,6 @@ def test_every_arrangement_of_the_floor_does_its_product(inputs, dtype):
         torch.testing.assert_close(run(), expected[product], msg=lambda text, name=name: f"{name}: {text}")
     best = measure_floor(hidden.to(dtype), weight.to(dtype), calls=1)
     assert all(product["seconds"] > 0 for product in best.values())
-
-
-def test_a_call_is_compared_with_the_floor_around_it():
-    assert ratios({"seconds": [3.0, 3.0], "floor_seconds": [1.0, 2.0, 4.0]}) == [2.0, 1.0]
 
 
 def test_unknown_variants_and_objectives_are_refused(inputs):

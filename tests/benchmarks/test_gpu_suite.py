@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import offline, process
+from benchmarks import process
 from benchmarks.gpu_suite import build, checks, kernels, runner, sanitizer, steps, tables, timing
 from benchmarks.gpu_suite.__main__ import SECONDS, device_name
 from benchmarks.gpu_suite.contenders import RIVALS
@@ -28,6 +28,7 @@ from benchmarks.gpu_suite.stages import CALLS, STAGES
 from benchmarks.gpu_suite.task import Stage
 from dadpo_kernels.ops.backends import triton_
 from dadpo_kernels.ops.backends.registry import BACKENDS
+from tools import offline
 
 ROOT = Path(__file__).parents[2]
 DRY = Settings(dry=True)

@@ -1,6 +1,7 @@
 """What is made of the GPU suite's results: predictions, goals, README's table, comparisons and plots."""
 
 import itertools
+import json
 
 import pytest
 
@@ -97,16 +98,18 @@ def test_readme_says_what_is_missing_and_what_was_measured():
     assert "| 33.0 | 45.0 (1.36, triton) | – | 120.0 (3.64, PyTorch eager) | – | 66.0 (2.00, Liger) |" in text
 
 
-def test_two_files_are_compared():
-    def file(seconds: float, peak: int | None) -> dict:
+def test_two_files_are_compared(tmp_path):
+    def file(name: str, seconds: float, peak: int | None):
         row = {"shape": "a", "top_k": 16, "masked": True, "name": "ours", "both_seconds": seconds}
         failed = {"shape": "a", "top_k": 16, "masked": False, "name": "ours", "error": "out of memory"}
-        return results_of(table=[row | {"peak_bytes_above_gradients": peak}, failed, {"shape": "a", "name": "x"}])
+        stages = {"table": [row | {"peak_bytes_above_gradients": peak}, failed, {"shape": "a", "name": "x"}]}
+        (tmp_path / name).write_text(json.dumps(results_of(**stages)))
+        return compare.read(tmp_path / name)
 
-    assert compare.gpu_lines(file(0.002, 2**21), file(0.003, 2**22)) == [
-        "a K=16 half masked ours: 2.00 -> 3.00 ms (1.50x), peak 2 -> 4 MiB"
-    ]
-    assert compare.gpu_lines(file(0.002, None), file(0.001, None))[0].endswith("1.00 ms (0.50x)")
+    assert compare.lines(file("a", 0.002, 2**21), file("b", 0.003, 2**22)) == [
+        "a 16 True ours peak: 2 -> 4 MiB (2.00x)", "a 16 True ours time: 2 -> 3 ms (1.50x)"
+    ]  # fmt: skip
+    assert compare.lines(file("a", 0.002, None), file("b", 0.001, None)) == ["a 16 True ours time: 2 -> 1 ms (0.50x)"]
 
 
 def test_units_and_plot(tmp_path):

@@ -1,6 +1,6 @@
 """Every Triton kernel compiled ahead of time for three generations of GPUs, none of which is here.
 
-The whole table, every configuration with all inputs, is `python -m benchmarks.static_report`.
+The whole table, every configuration with all inputs, is `python -m tools.static_report`.
 """
 
 import dataclasses
@@ -11,8 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import machine_code, static_report
-from benchmarks.machine_code import (
+from dadpo_kernels.ops.backends.tuning import CONFIGS, TALL, Config
+from dadpo_kernels.ops.backends.tuning import SMALL as SMALL_BLOCK
+from tools import machine_code, static_report
+from tools.machine_code import (
     CHIPS,
     Chip,
     Compiled,
@@ -23,9 +25,7 @@ from benchmarks.machine_code import (
     serialisation,
     waits_after_each,
 )
-from benchmarks.static_report import COMPILERS, CUDA, FUSED, Part, compile_fused, compile_rows, listed
-from dadpo_kernels.ops.backends.tuning import CONFIGS, TALL, Config
-from dadpo_kernels.ops.backends.tuning import SMALL as SMALL_BLOCK
+from tools.static_report import COMPILERS, CUDA, FUSED, Part, compile_fused, compile_rows, listed
 
 SMALL = {"absorb", "column_sums", "enter_values", "restore"}
 
@@ -200,13 +200,13 @@ def part(*rows, source="same"):
 def test_markdown_shows_the_worst_of_each_compiler_and_what_must_not_be_used():
     old = part(row(), row(variant="softcap", registers=160, blocks=1, occupancy=0.125), row(chip=80, instructions=[]))
     results = {"Triton 3.6.0": old, "Triton 3.9.0": part(row(spills=7, registers=255))}
-    text = static_report.markdown(results)
+    text = static_report.report(results)
     assert "Compiled with Triton 3.6.0 and Triton 3.9.0 " in text
     assert "| sm_80, 3.6.0 | sm_80, 3.9.0 | sm_90, 3.6.0 | sm_90, 3.9.0 | sm_100, 3.6.0 | sm_100, 3.9.0 |" in text
     assert "| 128 / 96 / 25 |  | 160 / 96 / 12 | 255 / 96 / 25 / 7 |  |  |" in text
     assert "None of the 4 accesses local memory" in text
     results[CUDA] = part(row(kernel="cuda.topk", spills=9, loop_spills=None))
-    text = static_report.markdown(results)
+    text = static_report.report(results)
     assert "**1 of 5 must not be used:**" in text
     assert "- CUDA C++: sm_90 cuda.topk bfloat16, plain, 128x128: 9 accesses to local memory" in text
 
@@ -288,11 +288,11 @@ def test_words_beside_the_code_do_not_age_a_report(bare, source, same, other):
 
 @pytest.fixture(scope="module")
 def committed():
-    return json.loads((static_report.ROOT / "benchmarks/results/static.json").read_text())
+    return json.loads((static_report.COMMITTED).read_text())
 
 
 def test_the_committed_report_covers_what_ships(committed):
-    """A configuration, and a change in a kernel, come with their compilation: `python -m benchmarks.static_report`."""
+    """A configuration, and a change in a kernel, come with their compilation: `python -m tools.static_report`."""
     ships = static_report.triton_part()
     assert set(committed) == {CUDA, *(f"Triton {version}" for version in COMPILERS)}
     for version in COMPILERS:

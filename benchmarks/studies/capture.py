@@ -1,28 +1,20 @@
 """What a teacher's capture costs, what its cache loses, and what reading it costs a training step, on SmolLM2-135M.
 
-    python -m benchmarks.capture head --dtype float32 --out benchmarks/results/capture.json
-    python -m benchmarks.capture cache --out benchmarks/results/capture.json
-    python -m benchmarks.capture reader --out benchmarks/results/capture.json
+    python -m benchmarks.studies.capture --out benchmarks/results/capture.json
 
-Each part replaces its section of the file (times in seconds, memory in MiB, k = 64, and `environment` beside them):
+Three parts (k = 64), of which `--part` chooses:
 
-    head/DTYPE [{tokens, gemm, ours, dense: seconds (medians), ours_mib, dense_mib}]. gemm: the product that makes
-            the logits, into memory that exists, in its fastest arrangement (`benchmarks.floor`). ours:
-            `linear_topk_logps` with labels. dense: `log_softmax(logits).topk(k)`, and the label's gathered. Memory:
-            growth of the resident set
-    cache   {tokens, bytes_per_token, tokens_per_second, kl_exact, kl_cached, kl_error_mean, kl_error_max}: a cache of
-            real pairs, and forward KL to a student (the same model without its last five layers) over top-k and tail,
-            from the teacher's float64 values and from the cache's; nats a token
-    reader  {pairs, tokens, workers, step_loaded, step_in_memory, wait, read, wait_share, read_share}: medians a step
-            of `DaDPOTrainer` on so many pairs with so many answer tokens (mean). step_loaded: from one step's start
-            to the next, batches from the cache through so many loader processes; step_in_memory: the same batches made
-            before. wait: for the loader, of step_loaded. read: to read, check and collate a batch in one process. The
-            shares are of step_in_memory; read_share is what the loader takes from a step if no core is idle
+    head    `linear_topk_logps` with labels, its dense equivalent (`log_softmax(logits).topk(k)`, and the label's
+            gathered), and the product that makes the logits, into memory that exists, in its fastest arrangement
+            (`benchmarks.floor`). Memory is the growth of the resident set
+    cache   of real pairs: forward KL to a student (the same model without its last five layers) over top-k and tail,
+            from the teacher's float64 values and from the cache's, in nats a token
+    reader  a step of `DaDPOTrainer`: from one step's start to the next, with batches from the cache through loader
+            processes (`step_loaded`, of which it waits `wait` for them) and with the same batches made before
+            (`step_in_memory`); `read` is to read, check and collate a batch in one process. Medians
 """
 
-import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -36,7 +28,8 @@ from benchmarks.cases import DTYPES
 from benchmarks.cases import TOP_K as K
 from benchmarks.floor import products, timed
 from benchmarks.measure import reset_high_water_mark, resident_mib
-from benchmarks.process import environment
+from benchmarks.process import arguments, environment
+from benchmarks.rows import Cell, Rows, caption, measured, of, save, show, table
 from dadpo_kernels import linear_topk_logps, topk_divergence
 from dadpo_kernels.cache.dataset import PairCollator, PairDataset
 from dadpo_kernels.cache.pairs import pad_pairs
@@ -48,7 +41,9 @@ from dadpo_kernels.train.config import DaDPOConfig
 from dadpo_kernels.train.trainer import DaDPOTrainer
 from examples.smollm2 import smollm2_dir, smollm2_hidden
 
-PAIRS = Path(__file__).parent.parent / "examples" / "quickstart" / "data" / "train.jsonl"
+STUDY = "capture"
+PAIRS = Path(__file__).parents[2] / "examples" / "quickstart" / "data" / "train.jsonl"
+PARTS = ("head", "cache", "reader")
 REPEATS = 3
 SEED = 0
 
@@ -58,34 +53,29 @@ def dense_topk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     return *logps.topk(K), logps.gather(1, labels[:, None])
 
 
-def head(tokens: list[int], dtype: torch.dtype) -> list[dict]:
-    hidden, weight, labels = smollm2_hidden(max(tokens), dtype)
-    rows = []
+def head(tokens: list[int], dtype: str, here: dict) -> Rows:
+    hidden, weight, labels = smollm2_hidden(max(tokens), DTYPES[dtype])
+    found = Rows()
     for n in tokens:
         h, y = hidden[:n], labels[:n]
-
-        def ours(h=h, y=y) -> object:
-            return linear_topk_logps(h, weight, K, labels=y)
-
-        def dense(h=h, y=y) -> object:
-            return dense_topk(h, weight, y)
-
-        row: dict = {"tokens": n}
-        for name, call in (("ours_mib", ours), ("dense_mib", dense)):
-            call()
-            before = reset_high_water_mark()
-            call()
-            row[name] = resident_mib("VmHWM") - before
         gemm = min((run for product, _, run in products(h, weight) if product == "logits"), key=timed)
-        times: dict[str, list[float]] = {"gemm": [], "ours": [], "dense": []}
-        for _ in range(REPEATS):
-            times["gemm"].append(timed(gemm))
-            times["ours"].append(timed(ours))
-            times["dense"].append(timed(dense))
-        row |= {name: statistics.median(values) for name, values in times.items()}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        calls = {
+            "product": gemm,
+            "ours": lambda h=h, y=y: linear_topk_logps(h, weight, K, labels=y),
+            "dense": lambda h=h, y=y: dense_topk(h, weight, y),
+        }
+        memory = {}
+        for name in ("ours", "dense"):
+            calls[name]()
+            before = reset_high_water_mark()
+            calls[name]()
+            memory[name] = resident_mib("VmHWM") - before
+        times = [{name: timed(call) for name, call in calls.items()} for _ in range(REPEATS)]
+        for name in calls:
+            metrics = {"time, s": statistics.median(t[name] for t in times), "peak, MiB": memory.get(name)}
+            found += measured(STUDY, here, metrics, part="head", dtype=dtype, tokens=n, plan=name)
+            print(n, name, metrics, flush=True)
+    return found
 
 
 def captured(directory: Path, pairs: int):
@@ -129,8 +119,8 @@ def cache(pairs: int) -> dict:
         a, b = torch.cat(exact), torch.cat(cached)
         return {
             "tokens": tokens,
-            "bytes_per_token": sum(shard.bytes for shard in dataset.manifest.shards) / tokens,
-            "tokens_per_second": tokens / seconds,
+            "size, bytes a token": sum(shard.bytes for shard in dataset.manifest.shards) / tokens,
+            "rate, tokens/s": tokens / seconds,
             "kl_exact": a.mean().item(),
             "kl_cached": b.mean().item(),
             "kl_error_mean": (a - b).abs().mean().item(),
@@ -180,38 +170,81 @@ def reader(pairs: int, batch: int, workers: int) -> dict:
             loaded += seconds
             waited += wait
             in_memory += steps(model, batches, 1, 0, lambda batches: batches[0])[0]
-        result = {
+        return {
             "pairs": batch,
             "tokens": sum(shard.tokens for shard in dataset.manifest.shards) * batch / pairs,
             "workers": workers,
-            "step_loaded": statistics.median(loaded),
-            "step_in_memory": statistics.median(in_memory),
-            "wait": statistics.median(waited),
-            "read": statistics.median(read),
+            "step_loaded, s": statistics.median(loaded),
+            "step_in_memory, s": statistics.median(in_memory),
+            "wait, s": statistics.median(waited),
+            "read, s": statistics.median(read),
         }
-        return result | {f"{name}_share": result[name] / result["step_in_memory"] for name in ("wait", "read")}
+
+
+def capture(rows: Rows) -> str:
+    rows = rows.where(STUDY)
+
+    def over_product(plan: str) -> Cell:
+        return lambda line: f"{line.get('time', plan=plan) / line.get('time', plan='product'):.2f}"
+
+    head = [
+        ("answer tokens", of("tokens", ",")),
+        ("dtype", of("dtype")),
+        ("one product, s", show("time", ".2f", plan="product")),
+        ("dadpo-kernels, products", over_product("ours")),
+        ("dense `log_softmax().topk()`, products", over_product("dense")),
+        ("peak MiB", show("peak", ".0f", plan="ours")),
+        ("dense: peak MiB", show("peak", ".0f", plan="dense")),
+    ]
+    cache = [
+        ("answer tokens in the cache", show("tokens", ",.0f")),
+        ("bytes a token", show("size", ".0f")),
+        ("KL to a student, nats a token", show("kl_exact", ".3f")),
+        ("from the cache's float16", show("kl_cached", ".3f")),
+        ("apart: mean", show("kl_error_mean", ".1e")),
+        ("most", show("kl_error_max", ".1e")),
+    ]
+
+    def of_step(metric: str) -> Cell:
+        return lambda line: f"{1e3 * line.get(metric):.1f} ms ({line.get(metric) / line.get('step_in_memory'):.2%})"
+
+    reader = [
+        ("pairs of a step", show("pairs", ".0f")),
+        ("answer tokens", show("tokens", ".0f")),
+        ("step, batches in memory", show("step_in_memory", ".2f")),
+        ("step, from the cache", show("step_loaded", ".2f")),
+        ("loader processes", show("workers", ".0f")),
+        ("wait for them", of_step("wait")),
+        ("read and collate in one process", of_step("read")),
+    ]
+    parts = []
+    for part, down, columns in (("head", ["dtype", "tokens"], head), ("cache", [], cache), ("reader", [], reader)):
+        if found := rows.where(part=part):
+            source = caption(found, f"studies.capture --part {part} --out benchmarks/results/capture.json")
+            parts += [table(found, down, columns), f"SmolLM2-135M, k = {K}. {source}"]
+    return "\n\n".join(parts)
+
+
+TABLES = {"capture": capture}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("head", "cache", "reader"))
-    parser.add_argument("--out", required=True, type=Path, help="JSON file; its other sections stay")
+    parser = arguments(__doc__)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 2048], help="for head")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for head")
     parser.add_argument("--pairs", type=int, default=16, help="for cache and reader: how many are captured")
     parser.add_argument("--batch", type=int, default=2, help="for reader: pairs a step")
     parser.add_argument("--workers", type=int, default=2, help="for reader: processes of the data loader")
     args = parser.parse_args()
-    result: list | dict
-    if args.part == "head":
-        result = head(args.tokens, DTYPES[args.dtype])
-    else:
-        result = cache(args.pairs) if args.part == "cache" else reader(args.pairs, args.batch, args.workers)
-    sections = json.loads(args.out.read_text()) if args.out.exists() else {}
-    section = f"head/{args.dtype}" if args.part == "head" else args.part
-    sections[section] = {"environment": environment(torch.get_num_threads()), "result": result}
-    args.out.write_text(json.dumps(sections, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    torch.set_num_threads(args.threads)
+    here = environment(args.threads)
+    if "head" in args.part:
+        save(args.out, head(args.tokens, args.dtype, here))
+    if "cache" in args.part:
+        save(args.out, measured(STUDY, here, cache(args.pairs), part="cache"))
+    if "reader" in args.part:
+        save(args.out, measured(STUDY, here, reader(args.pairs, args.batch, args.workers), part="reader"))
 
 
 if __name__ == "__main__":

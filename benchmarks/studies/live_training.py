@@ -1,6 +1,6 @@
 """Is the live plan safe to train with? Twin runs, exact and live, from the same seeds.
 
-    python -m benchmarks.live_training --out benchmarks/results/live_training.json
+    python -m benchmarks.studies.live_training --out benchmarks/results/live_training.json
 
 Two tasks on a tokenizer of 4,096 entries and the quickstart's own text:
 
@@ -12,13 +12,10 @@ Two tasks on a tokenizer of 4,096 entries and the quickstart's own text:
 The plans take the same batches in the same order, so their difference is the plan's alone; the spread over seeds tells
 how much a difference would mean. Everything that is evaluated is evaluated exactly.
 
-The file: `{task: {metric: {plan: [one value per seed]}, "curves": {plan: [[training loss per step] per seed]},
-"live": {plan: [means of the diagnostics per seed]}}}`, and `environment`; the plans are `exact` and `live TOLERANCE`.
+A variant is the task and the plan, `exact` or `live TOLERANCE`; a value has one for each seed, `loss` each step of it.
 """
 
-import argparse
 import copy
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -29,7 +26,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.process import environment
+from benchmarks.process import arguments, environment
+from benchmarks.rows import NOTHING, Rows, caption, markdown, measured, save
 from dadpo_kernels import linear_selected_logps, live_diagnostics
 from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
@@ -38,6 +36,7 @@ from dadpo_kernels.train.config import DaDPOConfig
 from dadpo_kernels.train.trainer import DaDPOTrainer
 from examples.quickstart.prune import DATA, drop_layers
 
+STUDY = "live_training"
 VOCAB, LENGTH, BATCH = 4096, 128, 8
 TOLERANCES = (None, 1e-3, 1e-2)
 LIVE = ("certificate", "live_share", "exact_share", "units")
@@ -91,7 +90,7 @@ def cross_entropy(
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     order = torch.Generator().manual_seed(seed)
-    curve: list[float] = []
+    losses: list[float] = []
     with live_diagnostics() as done:
         for _ in range(steps):
             rows = train[torch.randint(len(train), (BATCH,), generator=order)]
@@ -100,11 +99,11 @@ def cross_entropy(
             loss.backward()
             optimizer.step()
             schedule.step()
-            curve.append(loss.item())
+            losses.append(loss.item())
     with torch.no_grad():
         final = nll(model, heldout).item()
     means = {key: statistics.mean(getattr(d, key) for d in done) for key in LIVE} if done else {}
-    return model, {"curve": curve, "live": means, "heldout_nll": final}
+    return model, {"loss": losses, "heldout_nll": final, **means}
 
 
 def distill(teacher: Any, tokenizer: Any, caches: dict[str, Path], seed: int, epochs: int, tolerance: float | None):
@@ -121,40 +120,71 @@ def distill(teacher: Any, tokenizer: Any, caches: dict[str, Path], seed: int, ep
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     live = {key: statistics.mean(e[f"live/{key}"] for e in history) for key in LIVE} if tolerance else {}
     scores = {"heldout_kl": "eval_distill/kl", "heldout_accuracy": "eval_rewards/accuracies"}
-    return {"curve": [e["loss"] for e in history], "live": live, **{k: final[v] for k, v in scores.items()}}
+    return {"loss": [e["loss"] for e in history], **{k: final[v] for k, v in scores.items()}, **live}
 
 
 def student_of(teacher: Any) -> Any:
     return drop_layers(copy.deepcopy(teacher), [teacher.config.num_hidden_layers - 1])
 
 
-def collect(task: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """One value per seed for every plan and metric; prints the means and the seeds' standard deviation."""
-    metrics = [key for key in runs["exact"][0] if key not in ("curve", "live")]
-    result: dict[str, Any] = {key: {plan: [r[key] for r in seeds] for plan, seeds in runs.items()} for key in metrics}
-    for key in metrics:
-        for plan, values in result[key].items():
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"{task:14} {key:17} {plan:11} {statistics.mean(values):.4f} +- {deviation:.4f}", flush=True)
-    result["curves"] = {plan: [r["curve"] for r in seeds] for plan, seeds in runs.items()}
-    result["live"] = {plan: [r["live"] for r in seeds] for plan, seeds in runs.items() if plan != "exact"}
-    return result
+def collect(task: str, runs: dict[str, list[dict[str, Any]]], here: dict) -> Rows:
+    """Of all plans, from what their seeds gave."""
+    found = Rows()
+    for plan, seeds in runs.items():
+        metrics = {key: rounded([seed[key] for seed in seeds]) for key in seeds[0]}
+        found += measured(STUDY, here, metrics, task=task, plan=plan)
+        print(task, plan, {key: values for key, values in metrics.items() if key != "loss"}, flush=True)
+    return found
 
 
 def rounded(value: Any) -> Any:
     """Five digits: the file is committed."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.5g}")
 
 
+METRICS = {
+    "heldout_nll": "held-out negative log-likelihood",
+    "heldout_kl": "held-out KL to the teacher",
+    "heldout_accuracy": "held-out preference accuracy",
+    "live_share": "live share of the columns",
+    "units": "matrix products",
+}
+
+
+def live_training(rows: Rows) -> str:
+    """A table for each task: the mean and the seeds' standard deviation, or the mean of a plan's diagnostics."""
+    parts = []
+    for task in rows.where(STUDY).groups("task"):
+        plans = task.groups("plan")
+        lines = []
+        for metric, title in METRICS.items():
+            cells = [cell(plan.get(metric), spread=metric.startswith("heldout")) for plan in plans]
+            if set(cells) != {NOTHING}:
+                lines.append([title, *cells])
+        losses = plans[0].get("loss")
+        title = f"{task[0].variant['task'].replace('_', ' ')}, {len(losses[0])} steps, {len(losses)} seeds"
+        parts.append(markdown([title, *(plan[0].variant["plan"] for plan in plans)], lines))
+    source = caption(rows.where(STUDY), "studies.live_training --out benchmarks/results/live_training.json")
+    return "\n\n".join([*parts, source])
+
+
+def cell(seeds: list[float] | None, spread: bool) -> str:
+    if seeds is None:
+        return NOTHING
+    mean = statistics.mean(seeds)
+    return f"{mean:.4f} ± {statistics.stdev(seeds):.4f}" if spread else f"{mean:.2f}"
+
+
+TABLES = {"live-training": live_training}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80, help="of cross_entropy")
     parser.add_argument("--epochs", type=int, default=1, help="of distill")
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
 
     texts = answers("train")
     tokenizer = make_tokenizer(texts)
@@ -168,7 +198,8 @@ def main() -> None:
             model, run = cross_entropy(len(tokenizer), train, heldout, seed, args.steps, tolerance)
             runs[name(tolerance)].append(run)
             teacher = teacher or model
-    results = {"cross_entropy": collect("cross_entropy", runs)}
+    here = environment(args.threads)
+    found = collect("cross_entropy", runs, here)
 
     runs = {name(t): [] for t in TOLERANCES}
     with tempfile.TemporaryDirectory() as directory:
@@ -180,10 +211,7 @@ def main() -> None:
         for seed in range(args.seeds):
             for tolerance in TOLERANCES:
                 runs[name(tolerance)].append(distill(teacher, tokenizer, caches, seed, args.epochs, tolerance))
-    results["distill"] = collect("distill", runs)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    measured = {"environment": environment(torch.get_num_threads())} | rounded(results)
-    args.out.write_text(json.dumps(measured) + "\n")
+    save(args.out, found + collect("distill", runs, here))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// Multiply-adds on registers alone, as many chains as a product of csrc/cpu has accumulators: see fma_peak.py.
-#include "../csrc/cpu/gemm.h"
+// Multiply-adds on registers alone, as many chains as a product of csrc/cpu has accumulators: see phases.py.
+#include "../../csrc/cpu/gemm.h"
 
 using namespace dadpo;
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.restore.settings import SETTINGS, Setting
+from benchmarks.studies.recovery.settings import SETTINGS, Setting
 from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
 from dadpo_kernels.capture.pairs import read_pairs, tokenize_pairs

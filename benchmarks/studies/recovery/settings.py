@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+STUDY = "recovery"
+
 
 class Point(NamedTuple):
     """A point of a grid; `beta` is the strength of the whole preference term."""

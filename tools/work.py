@@ -1,4 +1,4 @@
-"""What a step does, counted instead of timed: `python -m benchmarks.work --out benchmarks/results/work.json`.
+"""What a step does, counted instead of timed: `python -m tools.work --out tools/work.json`.
 
 For every backend and plan, on one small random problem:
 
@@ -6,9 +6,10 @@ For every backend and plan, on one small random problem:
 - `passes`: elements read by PyTorch's other operations on tile-sized tensors, in units of `N·V`;
 - `allocated`: bytes of the tensors allocated along the way, in units of `4·N·V` (all of them, not the peak).
 
-The numbers are the same on every machine, so continuous integration compares them with the committed file: a change
-that adds a product, a pass over the vocabulary or a large temporary fails there, however fast the machine. The `cpu`
-backend's passes happen inside its extension, which reads each tile once; its products are counted at that boundary.
+The numbers are the same on every machine with the same PyTorch, so a test compares them with the committed file: a
+change that adds a product, a pass over the vocabulary or a large temporary fails there, however fast the machine. The
+`cpu` backend's passes happen inside its extension, which reads each tile once; its products are counted at that
+boundary.
 """
 
 import argparse
@@ -67,6 +68,31 @@ def plainest_instructions() -> Iterator[None]:
         yield
     finally:
         cpu._cpu.use(active)
+
+
+SLACK = 0.01  # of the counted unit: index arithmetic on a few rows may come and go
+
+
+def grown(before: dict, after: dict) -> list[str]:
+    """One line per count of `after` that is missing in, or larger than in, `before`.
+
+    Raises:
+        ValueError: the counts are from different PyTorch versions, whose operations differ inside.
+    """
+    if before["torch"] != after["torch"]:
+        raise ValueError(
+            f"counted with torch {before['torch']} and {after['torch']}; count both with the same: "
+            "python -m tools.work --out FILE"
+        )
+    lines = []
+    for plan, counts in after["work"].items():
+        for name, value in counts.items():
+            old = before["work"].get(plan, {}).get(name)
+            if old is None:
+                lines.append(f"{plan}: {name} is new ({value}): commit a new file")
+            elif value > old + SLACK:
+                lines.append(f"{plan}: {name} grew from {old} to {value}")
+    return lines
 
 
 def measure(run: Callable[[], object]) -> dict[str, float]:

@@ -16,9 +16,11 @@ from torch.utils.data import Subset
 from transformers import AutoTokenizer
 
 from benchmarks.process import environment
-from benchmarks.restore.measures import likelihood, preference_rate, sample, texture
-from benchmarks.restore.settings import METHODS, SETTINGS, TUNING_SEED, Point
-from benchmarks.restore.stages import Stage, load, prepare, train
+from benchmarks.rows import Rows, save
+from benchmarks.rows import measured as made
+from benchmarks.studies.recovery.measures import likelihood, preference_rate, sample, texture
+from benchmarks.studies.recovery.settings import METHODS, SETTINGS, STUDY, TUNING_SEED, Point
+from benchmarks.studies.recovery.stages import Stage, load, prepare, train
 from dadpo_kernels.capture.generate import write_records
 from dadpo_kernels.capture.pairs import read_pairs
 from examples.quickstart.evaluate import measure
@@ -94,12 +96,12 @@ def best(results: Iterable[dict[str, Any]]) -> Point:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.restore", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.recovery", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/restore"), help="working directory, kept for resuming")
-    parser.add_argument("--results", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"), help="directory, kept for resuming")
     args = parser.parse_args()
-    stage = Stage.of(args.out, args.setting)
+    stage = Stage.of(args.work, args.setting)
     prepare(stage)
 
     # One run a core beats one run on all of them: small matrices do not spread well.
@@ -113,11 +115,21 @@ def main() -> None:
         fixed = [Run(m, Point(0.0), seeds[0]) for m in ("teacher", "pruned", "reference")]
         runs = list(pool.map(work, fixed + final))
 
-    results = {
-        "setting": {"name": args.setting, **vars(stage.setting)},
-        "environment": environment(cores),
-        "tuning": tuning,
-        "runs": runs,
-    }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(results, indent=1) + "\n")
+    here = environment(cores)
+    found = made(STUDY, here, {"setting": args.setting, **vars(stage.setting)})
+    for part, results in (("tuning", tuning), ("final", runs)):
+        found += rows_of(part, results, here)
+    args.out.unlink(missing_ok=True)  # another run may have chosen other points
+    save(args.out, found)
+
+
+def rows_of(stage: str, results: list[dict[str, Any]], here: dict) -> Rows:
+    """A method at a point of its grid, with a value for each seed."""
+    found = Rows()
+    for variant in dict.fromkeys((r["method"], Point(**r["point"])) for r in results):
+        method, point = variant
+        seeds = [r for r in results if (r["method"], Point(**r["point"])) == variant]
+        metrics = {key: [r["figures"][key] for r in seeds] for key in seeds[0]["figures"]}
+        metrics |= {f"{part}, s": [r[f"{part}_seconds"] for r in seeds] for part in ("training", "measuring")}
+        found += made(STUDY, here, metrics, stage=stage, method=method, **point._asdict())
+    return found

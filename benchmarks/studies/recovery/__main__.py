@@ -1,5 +1,5 @@
 """See the package's docstring. Worker processes can import from `experiment`, not from here."""
 
-from benchmarks.restore.experiment import main
+from benchmarks.studies.recovery.experiment import main
 
 main()

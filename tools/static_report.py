@@ -1,16 +1,16 @@
-"""What the GPU kernels become on three generations of GPUs, without one: `python -m benchmarks.static_report`.
+"""What the GPU kernels become on three generations of GPUs, without one: `python -m tools.static_report`.
 
 The Triton backends run on small CPU tensors while their launches compile and do nothing else (`offline.py`), with the
 Triton that is imported. Another one, such as that of the PyTorch on the machine to come, needs two commands:
 
     pip install --no-deps --target DIR triton==3.6.0
-    PYTHONPATH=DIR python -m benchmarks.static_report
+    PYTHONPATH=DIR python -m tools.static_report
 
 The CUDA C++ kernels are read from the extension, if it is built for all three.
 
 The file keeps a part for each Triton and one for the extension. A run replaces the parts that it can make, a unit of
-work at a time: one that was cut off goes on behind the last, as long as the sources are the same. `markdown` makes
-tables of them.
+work at a time: one that was cut off goes on behind the last, as long as the sources are the same.
+`python -m benchmarks.report` makes tables of it.
 """
 
 import argparse
@@ -31,20 +31,19 @@ from unittest import mock
 import torch
 import triton
 
-from benchmarks import offline
-from benchmarks.machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
-from benchmarks.report.comparison import replace_between_markers
+from benchmarks.rows import markdown
 from dadpo_kernels.ops.backends import cuda, triton_
 from dadpo_kernels.ops.backends import tuning as triton_tuning
 from dadpo_kernels.ops.backends.base import Coefficients, RetainedTile, State, Tiles
+from tools import offline
+from tools.machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     "triton": ("dadpo_kernels/ops/backends/triton_kernels/*.py", "dadpo_kernels/ops/backends/triton_.py"),
     "cuda": ("csrc/common/*", "csrc/cuda/*"),
 }
-PAGE = ROOT / "docs/triton.md"
-BEGIN, END = "<!-- static:occupancy -->", "<!-- /static:occupancy -->"
+COMMITTED = ROOT / "tools/static.json"
 COMPILERS = ("3.6.0", "3.9.0")  # Tritons: PyTorch 2.11's, and the newest
 CUDA = "CUDA C++"
 FUSED = ("forward.statistics", "backward.logit_gradient")
@@ -219,7 +218,7 @@ def complaints(results: dict) -> list[str]:
     ]
 
 
-def markdown(results: dict) -> str:
+def report(results: dict) -> str:
     """The tables: a line for each kernel and configuration, the worst over the head's options in each cell."""
     rows = {name: compiled_rows(part) for name, part in results.items()}
     number, bad = sum(map(len, rows.values())), complaints(results)
@@ -233,7 +232,7 @@ def markdown(results: dict) -> str:
     )
     extension, compilers = rows.pop(CUDA, []), {name.removeprefix("Triton "): found for name, found in rows.items()}
     parts = [
-        f"Compiled with {' and '.join(rows)} (CUDA C++: nvcc), not run: `python -m benchmarks.static_report`.",
+        f"Compiled with {' and '.join(rows)} (CUDA C++: nvcc), not run: `python -m tools.static_report`.",
         verdict,
         "A cell: registers of a thread / KiB of shared memory of a block / warps on a multiprocessor in percent of "
         "the most it holds / instructions that access local memory, if any; the worst over bias, softcap and ragged "
@@ -258,9 +257,8 @@ def occupancy(results: dict) -> str:
         if (row.chip, row.dtype, row.variant) == (90, "bfloat16", "plain") and row.kernel in kernels:
             cell = cells.setdefault(row.config, {}).setdefault(row.kernel, [])
             cell.append(f"{row.registers}, {row.blocks}")
-    lines = [f"| configuration | {' | '.join(kernels.values())} |", "|---|---|---|---|"]
-    lines += [f"| {c} | {' | '.join('; '.join(found[k]) for k in kernels)} |" for c, found in cells.items()]
-    return "\n".join(lines)
+    lines = [[config, *("; ".join(found[k]) for k in kernels)] for config, found in cells.items()]
+    return markdown(["configuration", *kernels.values()], lines)
 
 
 def by_chip(compilers: dict[str, list[Compiled]], kernels: tuple[str, ...]) -> dict[str, list[Compiled]]:
@@ -275,14 +273,12 @@ def by_chip(compilers: dict[str, list[Compiled]], kernels: tuple[str, ...]) -> d
 
 
 def table(columns: dict[str, list[Compiled]], what: str) -> str:
-    lines = [f"| kernel | dtype | {what} | {' | '.join(columns)} |", "|---|---|---|" + "---:|" * len(columns)]
     found: dict[tuple[str, str, str], dict[str, list[Compiled]]] = {}
     for title, rows in columns.items():
         for row in rows:
             found.setdefault((row.kernel, row.dtype, row.config), {}).setdefault(title, []).append(row)
-    for line, cells in found.items():
-        lines.append(f"| {' | '.join(line)} | {' | '.join(cell(cells.get(title, [])) for title in columns)} |")
-    return "\n".join(lines)
+    lines = [[*line, *(cell(cells.get(title, [])) for title in columns)] for line, cells in found.items()]
+    return markdown(["kernel", "dtype", what, *columns], lines)
 
 
 def cell(rows: list[Compiled]) -> str:
@@ -293,13 +289,15 @@ def cell(rows: list[Compiled]) -> str:
     return f"{text} / {spills}" if spills else text
 
 
+TABLES = {"kernels": report, "occupancy": occupancy}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/static.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "tools/static.json")
     args = parser.parse_args()
     results = run(args.out, parts())
-    print(markdown(results))
-    PAGE.write_text(replace_between_markers(PAGE.read_text(), occupancy(results), BEGIN, END))
+    print(report(results))
     sys.exit("\n".join(complaints(results)) or None)
 
 
