@@ -151,17 +151,17 @@ def counted_products() -> Iterator[SimpleNamespace]:
             self.columns = fields["columns"]
             return extension.Tile(**fields)
 
-        def statistics(self, *args) -> None:
+        def forward(self, *args) -> None:
             counter.total += unit(self.columns)
-            extension.statistics(*args)
+            extension.forward(*args)
 
         def topk(self, *args) -> None:
             counter.total += unit(self.columns)
             extension.topk(*args)
 
-        def gradient(self, tile, c, base, values, hidden, weight, stride, bias, exps, *rest) -> None:
+        def backward(self, tile, c, base, values, hidden, weight, stride, bias, exps, *rest) -> None:
             counter.total += unit(self.columns) * ((not exps) + bool(hidden) + bool(weight))
-            extension.gradient(tile, c, base, values, hidden, weight, stride, bias, exps, *rest)
+            extension.backward(tile, c, base, values, hidden, weight, stride, bias, exps, *rest)
 
     cpu._cpu = Counting()
     try:

@@ -114,19 +114,19 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("pack_hidden", [](const Tile& t, uintptr_t out) { active->pack_hidden(t, at<uint32_t>(out)); },
           py::call_guard<py::gil_scoped_release>());
     m.def(
-        "statistics",
+        "forward",
         [](const Tile& t, uintptr_t max, uintptr_t sum, uintptr_t selected, uintptr_t exps, uintptr_t bases,
            uintptr_t workspace) {
-            active->statistics(t, {at<float>(max), at<double>(sum), at<float>(selected)},
+            active->forward(t, {at<float>(max), at<double>(sum), at<float>(selected)},
                                {at<void>(exps), at<float>(bases)}, at<char>(workspace));
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
-        "gradient",
+        "backward",
         [](const Tile& t, uintptr_t coefficient, uintptr_t base, uintptr_t values, uintptr_t hidden,
            uintptr_t weight, long weight_stride, uintptr_t bias, uintptr_t exps, uintptr_t bases,
            uintptr_t packed_hidden, uintptr_t workspace) {
-            active->gradient(t,
+            active->backward(t,
                              {at<float>(coefficient), at<float>(base), at<float>(values), at<float>(hidden),
                               at<void>(weight), weight_stride, at<float>(bias)},
                              {at<void>(exps), at<float>(bases)}, at<uint32_t>(packed_hidden), at<char>(workspace));

@@ -93,7 +93,7 @@ void for_blocks(const Tile& t, const Team& team, int rank, Visit visit) {
 
 // Forward: per block of rows and group of columns, logits by GEMM, then the row pass while they are in cache.
 template <typename T>
-void statistics(const Tile& t, const Statistics& s, const Retained& r, Workspace& w) {
+void forward(const Tile& t, const Statistics& s, const Retained& r, Workspace& w) {
     Team::run(t.threads, [&](Team& team, int rank) {
         pack_logits_operand<T>(t, team, rank, w.logits_b);
         team.barrier();
@@ -156,7 +156,7 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
 
 // Backward: dz from retained exponentials or recomputed logits, then its products with weight and hidden.
 template <typename T>
-void gradient(const Tile& t, const Gradient& g, const Retained& r, const uint32_t* packed_hidden, Workspace& w) {
+void backward(const Tile& t, const Gradient& g, const Retained& r, const uint32_t* packed_hidden, Workspace& w) {
     using U = OperandOf<T>;
     constexpr int per = Units<U>::per;
     const long padded = groups(t) * kGroup, wide = panels_of(t.width) * kPanel;
@@ -252,11 +252,11 @@ const Passes* DADPO_JOIN(passes_, DADPO_ISA)() {
         [](const Tile& t, uint32_t* out) { t.bf16 ? pack_hidden<uint16_t>(t, out) : pack_hidden<float>(t, out); },
         [](const Tile& t, const Statistics& s, const Retained& r, char* space) {
             Workspace w(t, space, true, false, false);
-            t.bf16 ? statistics<uint16_t>(t, s, r, w) : statistics<float>(t, s, r, w);
+            t.bf16 ? forward<uint16_t>(t, s, r, w) : forward<float>(t, s, r, w);
         },
         [](const Tile& t, const Gradient& g, const Retained& r, const uint32_t* packed_hidden, char* space) {
             Workspace w(t, space, !r.exps, g.hidden, g.weight || g.bias);
-            t.bf16 ? gradient<uint16_t>(t, g, r, packed_hidden, w) : gradient<float>(t, g, r, packed_hidden, w);
+            t.bf16 ? backward<uint16_t>(t, g, r, packed_hidden, w) : backward<float>(t, g, r, packed_hidden, w);
         },
         [](const Tile& t, const Statistics& s, const Candidates& c, char* space) {
             Workspace w(t, space, true, false, false);

@@ -90,8 +90,8 @@ struct Passes {
     bool multiplies_bf16;  // bfloat16 operands; otherwise bfloat16 is widened and packed hidden states are float32
     long (*workspace_bytes)(const Tile&, bool logits, bool grad_hidden, bool keep_dz);
     void (*pack_hidden)(const Tile&, uint32_t* out);  // B of dz^T hidden: packed once per backward, read by every tile
-    void (*statistics)(const Tile&, const Statistics&, const Retained&, char* workspace);
-    void (*gradient)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);
+    void (*forward)(const Tile&, const Statistics&, const Retained&, char* workspace);
+    void (*backward)(const Tile&, const Gradient&, const Retained&, const uint32_t* packed_hidden, char* workspace);
     void (*topk)(const Tile&, const Statistics&, const Candidates&, char* workspace);
     void (*live_exponentials)(const Tile&, const Statistics&, float* exps, float* bases);
     void (*live_columns)(const LiveChunk&, float* factors, const float* max, const float* share, float* sums,

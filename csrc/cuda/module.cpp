@@ -17,7 +17,7 @@ U* at(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-    m.doc() = "Row passes of the CUDA backend. Takes addresses; use dadpo_kernels.backends.cuda.";
+    m.doc() = "Row passes of the CUDA backend. Takes addresses; use dadpo_kernels.ops.backends.cuda.";
     m.attr("ARCHITECTURES") = DADPO_CUDA_ARCHITECTURES;
     m.attr("COLUMNS") = columns_per_segment();
     m.attr("MAX_K") = max_k();

@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
         plan = estimated.plan
         units = f"{'>= ' if plan.name == 'live' else ''}{plan.units:.2f}"  # a live plan's depend on the data
         print(
-            f"{name:>16} {plan.name:>10} {units:>9} {mib(plan.retained_bytes):>13} "
-            f"{mib(estimated.total):>9}  {fits}"
+            f"{name:>16} {plan.name:>10} {units:>9} {mib(plan.retained_bytes):>13} {mib(estimated.total):>9}  {fits}"
         )
     if args.memory is not None and estimates["0"].total > args.memory:
         print("Nothing fits: the gradients take most of the memory. Freeze the head, or use a smaller micro-batch.")

@@ -44,8 +44,8 @@ class TeacherTargets(NamedTuple):
         """
         if missing := [column for column in cls.columns() if column not in batch]:
             raise ValueError(
-                f"the batch has no {', '.join(missing)}: train on a PairDataset with PairCollator, or give these "
-                "columns in your data collator as PairCollator does"
+                f"the options need a teacher, and the batch does not have {', '.join(missing)}: train on a "
+                "PairDataset, or give these columns in your data_collator, aligned with labels as PairCollator does it"
             )
         return cls(*(batch[column] for column in cls.columns()))
 

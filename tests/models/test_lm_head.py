@@ -141,7 +141,7 @@ def test_unsupported_heads_are_refused_with_the_reason():
         lm_head(tiny_llama().model)
     model = tiny_llama()
     model.base_model_prefix = "nothing of this name"
-    with pytest.raises(TypeError, match="keeps no base model"):
+    with pytest.raises(TypeError, match="has no base model"):
         hidden_states(model, *torch.ones(2, 1, 4, dtype=torch.int64))
 
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from dadpo_kernels.models.lm_head import lm_head
 from dadpo_kernels.models.patch import patch
-from dadpo_kernels.ops import selected_logps
+from dadpo_kernels.ops import valid_tokens
 from tests.models.test_lm_head import MODELS, build
 from tests.models.test_patch import batch, loss_and_grads, own_loss_and_grads
 
@@ -19,13 +19,13 @@ LORA = {"r": 4, "init_lora_weights": False}
 def products(monkeypatch):
     """The plans of the backward passes of the primitive, and the gradients that they were asked for."""
     taken = []
-    run = selected_logps.run_gradient
+    run = valid_tokens.run_backward
 
     def record(tiles, plan, retained, coefficients, grads):
         taken.append((plan, grads))
         return run(tiles, plan, retained, coefficients, grads)
 
-    monkeypatch.setattr(selected_logps, "run_gradient", record)
+    monkeypatch.setattr(valid_tokens, "run_backward", record)
     return taken
 
 

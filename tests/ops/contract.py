@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dadpo_kernels import linear_selected_logps, linear_topk_logps
+from dadpo_kernels import Head, linear_selected_logps, linear_topk_logps
 from dadpo_kernels.ops.backends import reference
 from dadpo_kernels.ops.backends.registry import BACKENDS
 from dadpo_kernels.ops.live.plan import live_buffer_bytes
@@ -420,8 +420,7 @@ def check_topk(p: Problem, k: int, backend: str) -> None:
     )
     full = torch.zeros_like(exact.logps).scatter(-1, exact.ids, exact.logps)  # [.., V] log-probabilities by id
     valid = torch.ones(got.tail.shape, dtype=torch.bool) if p.labels is None else p.labels != IGNORE
-    transform = (p.options.get(n, d) for n, d in (("logit_scale", 1.0), ("softcap", None), ("temperature", 1.0)))
-    dense = reference.dense_logits(p.hidden, p.weight, p.bias, *transform).log_softmax(-1)
+    dense = reference.dense_logits(p.hidden, Head(p.weight, p.bias, **p.options)).log_softmax(-1)
     error = finite(dense.double() - full)[valid].abs()
     tolerance = float(3 * error.max() if error.numel() else 0) + 16 * torch.finfo(dense.dtype).eps
     assert_close = torch.testing.assert_close

@@ -374,4 +374,6 @@ def test_plan_is_inspectable():
     assert [(c.start, c.stop) for c in plan.chunks] == [(0, 16), (16, 32), (32, 40)]
     assert plan.tiles == [(0, 256), (256, 256), (512, 256), (768, 232)]
     assert plan.profile_bytes == 7 * 1000 * 4
-    assert plan.budget == 5000
+    assert plan.retained_bytes == plan.profile_bytes + 5000
+    assert (plan.name, plan.units) == ("live", 1.0)
+    assert str(plan).startswith("live: at least 1.00 products of 40 tokens x 1000 columns, chunks of 16 tokens")

@@ -69,5 +69,5 @@ def test_without_a_teacher_it_is_trls_run(processor, data, tmp_path):
 def test_a_teacher_needs_a_collator_that_brings_it(processor, data, tmp_path):
     args = TRLDaDPOConfig(str(tmp_path), beta_teacher=0.2, **SETTINGS)
     trainer = TRLDaDPOTrainer(llava(processor), llava(processor), args, train_dataset=data, processing_class=processor)
-    with pytest.raises(ValueError, match=r"the batch has none.*teacher_label_logps.*in your data_collator"):
+    with pytest.raises(ValueError, match=r"does not have teacher_label_logps.*in your data_collator"):
         trainer.train()

@@ -145,7 +145,7 @@ class CpuTiles(Tiles):
     def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
         tile = self.tile(first, columns)
         exps, bases = (address(retained.exps), address(retained.bases)) if retained else (0, 0)
-        _cpu.statistics(
+        _cpu.forward(
             tile, address(state.max), address(state.sum), address(state.selected), exps, bases,
             self.space(tile, True, False, False),
         )  # fmt: skip
@@ -166,7 +166,7 @@ class CpuTiles(Tiles):
         exps, bases = (address(retained.exps), address(retained.bases)) if retained else (0, 0)
         weight = None if grads.weight is None else grads.weight[first:]
         bias = None if grads.bias is None else grads.bias[first:]
-        _cpu.gradient(
+        _cpu.backward(
             tile, address(coefficients.c), address(coefficients.base), address(coefficients.values),
             address(grads.hidden), address(weight), 0 if weight is None else weight.stride(0), address(bias),
             exps, bases, address(self.packed_hidden),

@@ -38,14 +38,14 @@ def logit_gradient(
         d *= slope(z, softcap, inv_temperature)
     # Overwrite the entries: each step handles the next entry of all rows at once.
     wide_row = row.to(tl.int64)
-    here = first + column_block * BLOCK_N
+    block_first = first + column_block * BLOCK_N
     begin, end = entry_ranges(starts, row, rows, column_block)
     for step in range(0, tl.max(end - begin, 0)):
         entry = wide_row * entries + begin + step
         live = begin + step < end
         id = tl.load(ids + entry, mask=live, other=-1)
         value = tl.load(values + entry, mask=live, other=0.0)
-        d = tl.where(tl.arange(0, BLOCK_N)[None, :] == (id - here)[:, None], value[:, None], d)
+        d = tl.where(tl.arange(0, BLOCK_N)[None, :] == (id - block_first)[:, None], value[:, None], d)
     tl.store(
         dz + wide_row[:, None] * dz_stride + column[None, :],
         d.to(dz.dtype.element_ty),

@@ -47,13 +47,13 @@ def statistics(
 
     # Store the entries' logits and mask the top-k ids out of the tail.
     wide_row = row.to(tl.int64)
-    here = first + column_block * BLOCK_N
+    block_first = first + column_block * BLOCK_N
     begin, end = entry_ranges(starts, row, rows, column_block)
     for step in range(0, tl.max(end - begin, 0)):
         entry = wide_row * entries + begin + step
         live = begin + step < end
         id = tl.load(ids + entry, mask=live, other=-1)
-        hit = tl.arange(0, BLOCK_N)[None, :] == (id - here)[:, None]
+        hit = tl.arange(0, BLOCK_N)[None, :] == (id - block_first)[:, None]
         if only is None:
             tl.store(selected + entry, tl.sum(tl.where(hit, z, 0.0), 1), mask=live)
         dropped = tl.load(drop + entry, mask=live, other=0) != 0
