@@ -36,6 +36,12 @@ def comparison(rows: Rows) -> str:
     return "\n\n".join([*map(of_head, tables.values()), note, *measured_on(rows)])
 
 
+def summary(rows: Rows) -> str:
+    """The first head alone, in the dtypes for which the processor has products."""
+    head = sections(rows)[0][0].variant["head"]
+    return comparison(Rows(row for row in rows.where(STUDY, head=head) if not emulated(Rows([row]))))
+
+
 def of_head(dtypes: list[Rows]) -> str:
     """Per dtype the time of DPO, of DPO + KL, peak memory and gradient error of the fuller loss."""
     first, title = dtypes[0], ""
@@ -152,5 +158,5 @@ def draw(rows: Rows) -> Any:
     return drawing
 
 
-TABLES = {"comparison": comparison, "softmax": softmax, "lengths": lengths}
+TABLES = {"comparison": comparison, "comparison-summary": summary, "softmax": softmax, "lengths": lengths}
 PLOTS = {"benchmarks/results/cpu.png": draw}
