@@ -7,7 +7,6 @@ import torch
 from .backends.base import retained_tile_bytes
 from .backends.registry import BACKENDS, check_name, resolve
 from .live.plan import LivePlan, live_buffer_bytes, make_live_plan
-from .log import debug
 from .plan import Plan, make_plan
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
@@ -78,9 +77,7 @@ def exact_plan(
     def tile_bytes(columns: int) -> int:
         return retained_tile_bytes(tiles, rows, columns, dtype)
 
-    plan = make_plan(rows, vocab, tile, tile_bytes, memory_budget, grad_hidden, grad_weight)
-    debug("backend %s, %s", backend, plan)
-    return plan
+    return make_plan(rows, vocab, tile, tile_bytes, memory_budget, grad_hidden, grad_weight)
 
 
 def plan_for(

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import autograd, checks
 from .backends import reference
 from .head import Head, HeadOptions
+from .log import debug
 from .run import Run
 
 
@@ -111,6 +112,7 @@ def selected_logps_of(
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))):
             run = replace(run, memory_budget=0, grad_tolerance=None)  # without a backward there is nothing to save
         buffer_bytes = run.buffer_bytes(len(y), len(head.weight), hidden.dtype)
+        debug("backend %s, %d bytes for the backward, grad_tolerance=%s", backend, buffer_bytes, run.grad_tolerance)
         label, topk, tail, _, _ = autograd.selected_logps(
             flat, head.weight, head.bias, y, ids, head.logit_scale, head.softcap, head.temperature, ignore_index,
             backend, run.grad_tolerance, buffer_bytes,

@@ -21,6 +21,7 @@ from .checks import check_range, check_storage
 from .head import Head
 from .live.live_pass import LivePass
 from .live.plan import make_live_plan
+from .log import debug
 from .run import exact_plan
 
 
@@ -121,6 +122,7 @@ class ValidTokens:
             out = Grads(grad_hidden, grad_weight, grad_bias)
             if grad_tolerance is None:
                 plan = replace(self.plan, grad_hidden=bool(needs[0]), grad_weight=bool(needs[1]))
+                debug("backward, %s", plan)
                 run_backward(self.tiles, plan, buffer, coefficients, out)
             else:
                 self.live_pass(grad_tolerance, buffer, len(state)).backward(coefficients, dead, out)

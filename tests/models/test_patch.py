@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import nn
 
+from dadpo_kernels import live_diagnostics
 from dadpo_kernels.models.lm_head import unwrap
 from dadpo_kernels.models.packing import unpack
 from dadpo_kernels.models.patch import patch
@@ -202,6 +203,20 @@ def test_a_later_patch_replaces_an_earlier_one():
     out = model(input_ids=ids, labels=ids)
     torch.testing.assert_close(out.loss, tiny_llama()(input_ids=ids, labels=ids).loss)
     assert vars(model)["forward"].behind is None
+
+
+def test_a_gradient_tolerance_reaches_the_primitive():
+    inputs = batch()
+    with live_diagnostics() as backwards:
+        exact, exact_grads = loss_and_grads(patch(tiny_llama()), **inputs)
+        live, live_grads = loss_and_grads(patch(tiny_llama(), grad_tolerance=0.05), **inputs)
+    (backward,) = backwards
+    assert backward.certificate <= 0.05
+    torch.testing.assert_close(live.loss, exact.loss)
+    head = exact_grads["lm_head.weight"]
+    assert 0 < (live_grads["lm_head.weight"] - head).norm() < 0.1 * head.norm()
+    with pytest.raises(ValueError, match="grad_tolerance=2 must lie in"):
+        patch(tiny_llama(), grad_tolerance=2)
 
 
 def test_under_torch_compile():

@@ -1,5 +1,6 @@
 """A `Head` in place of `weight`, and the options of a run, in every public function that takes them."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -96,3 +97,16 @@ def test_a_run_checks_its_options(options, message):
     p, head = problem()
     with pytest.raises(ValueError, match=message):
         linear_selected_logps(p.hidden, head, p.labels, **options)
+
+
+def test_choices_are_logged(caplog):
+    p, head = problem()
+    with caplog.at_level(logging.DEBUG, logger="dadpo_kernels"):
+        hidden = p.hidden.double().requires_grad_()
+        linear_selected_logps(hidden, head.map(Tensor.double), p.labels).label.sum().backward()
+        linear_topk_logps(torch.randn(2, 4), torch.randn(3000, 4), 2500)
+    text = caplog.text
+    assert "backend cpu is passed over: it takes torch.float32 and torch.bfloat16, not torch.float64" in text
+    assert "backend torch, " in text
+    assert "backward, retain, frozen head: 2.00 products of" in text
+    assert "k=2500 is above the cpu backend's 2048: torch runs it" in text

@@ -119,3 +119,19 @@ def test_bfloat16_is_near_float32(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], abs=0.1 / 2 * 2**-8 * sum(map(abs, sizes)))
         moves += (a["loss"] - math.log(2)) * (b["loss"] - math.log(2))
     assert moves > 1e-3  # of this size, since the losses move by 0.04: both move together
+
+
+def test_the_live_plan_reports_its_error_and_cost(tmp_path):
+    exact, live = (
+        run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path / str(tolerance), steps=3, grad_tolerance=tolerance)
+        for tolerance in (None, 0.02)
+    )
+    assert not any(key.startswith("live/") for entry in exact.state.log_history for key in entry)
+    steps = live.state.log_history[:-1]
+    assert len(steps) == 3
+    for entry, expected in zip(steps, exact.state.log_history, strict=False):
+        assert 0 <= entry["live/certificate"] <= 0.02
+        assert 1 < entry["live/units"] <= 4
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    with pytest.raises(ValueError, match=r"grad_tolerance=1.5 must lie in \(0, 1\)"):
+        TRLDaDPOConfig(str(tmp_path), grad_tolerance=1.5, use_cpu=True)
