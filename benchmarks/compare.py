@@ -17,26 +17,26 @@ def read(path: Path) -> Rows:
     content = json.loads(path.read_text())
     if "stages" not in content:
         return load(path)
-    found = Rows()
+    rows = Rows()
     for row in timed_steps(content):
         peak = row["peak_bytes_above_gradients"]
         metrics = {"time, ms": row["both_seconds"] * 1e3, "peak, MiB": peak and peak / 2**20}
         variant = {key: row[key] for key in ("shape", "top_k", "masked", "name")}
-        found += measured("gpu", content["environment"], metrics, **variant)
-    return found
+        rows += measured("gpu", content["environment"], metrics, **variant)
+    return rows
 
 
 def lines(before: Rows, after: Rows) -> list[str]:
     """Of what has a unit, since sizes and losses do not change."""
     a, b = ({(row.study, str(row.variant), row.metric): row for row in rows if row.unit} for rows in (before, after))
-    found = []
+    texts = []
     for key in sorted(a.keys() & b.keys()):
         old, new, unit = middle(a[key].value), middle(b[key].value), a[key].unit
         ratio = f"{new / old:.2f}x" if old else "from nothing"
-        found.append(
+        texts.append(
             f"{' '.join(map(str, a[key].variant.values()))} {key[2]}: {old:.4g} -> {new:.4g} {unit} ({ratio})"
         )
-    return found
+    return texts
 
 
 def main() -> None:

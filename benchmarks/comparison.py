@@ -54,14 +54,14 @@ def of_head(dtypes: list[Rows]) -> str:
     for section in dtypes:
         dtype, floor = (section[0].variant[key] for key in ("dtype", "floor"))
 
-        def here(cell: Cell, dtype=dtype, floor=floor) -> Cell:
+        def in_dtype(cell: Cell, dtype=dtype, floor=floor) -> Cell:
             return lambda line: cell(line.where(dtype=dtype, floor=floor))
 
         columns += [
-            (f"{dtype}: DPO", here(dpo)),
-            ("DPO + KL", here(show("ratio", ".2f", loss="dpo+kl"))),
-            ("peak MiB", here(lambda line: show("peak", ",.0f")(fullest(line)))),
-            ("grad. error", here(lambda line: error(fullest(line)))),
+            (f"{dtype}: DPO", in_dtype(dpo)),
+            ("DPO + KL", in_dtype(show("ratio", ".2f", loss="dpo+kl"))),
+            ("peak MiB", in_dtype(lambda line: show("peak", ",.0f")(fullest(line)))),
+            ("grad. error", in_dtype(lambda line: error(fullest(line)))),
         ]
         times.append(f"{section.get('floor', plan=None, product=None):.2f} s in {floor}")
         gradients.append(f"{section.get('gradients'):.0f}")
@@ -98,9 +98,12 @@ def measured_in(section: Rows) -> str:
 
 def measured_on(rows: Rows) -> list[str]:
     """A line for each machine, with what was measured there if there are several; ratios are to the floor there."""
-    found = machines(rows.where(STUDY, tokens=TOKENS))
-    names = (", ".join(map(measured_in, sections(here))) + ": " if len(found) > 1 else "" for here in found.values())
-    return [f"{name}{machine}." for name, machine in zip(names, found, strict=True)]
+    by_machine = machines(rows.where(STUDY, tokens=TOKENS))
+    names = (
+        ", ".join(map(measured_in, sections(part))) + ": " if len(by_machine) > 1 else ""
+        for part in by_machine.values()
+    )
+    return [f"{name}{machine}." for name, machine in zip(names, by_machine, strict=True)]
 
 
 def softmax(rows: Rows) -> str:
@@ -136,18 +139,18 @@ def lengths(rows: Rows) -> str:
 
 def draw(rows: Rows) -> Any:
     """One panel per section: time of the fullest loss that each variant computes, as multiples of the floor."""
-    found = sections(rows)
-    drawing, axes = style.figure(-(-len(found) // 2), 2, width=5.6, height=3.4)
-    for panel in axes.flat[len(found) :]:
+    parts = sections(rows)
+    drawing, axes = style.figure(-(-len(parts) // 2), 2, width=5.6, height=3.4)
+    for panel in axes.flat[len(parts) :]:
         panel.remove()
-    for panel, section in zip(axes.flat, found, strict=False):
+    for panel, section in zip(axes.flat, parts, strict=False):
         plans = [line for line in section.groups("plan") if not VARIANTS[line[0].variant["plan"]].frozen]
         shown = [line for plan in plans if (line := fullest(plan))]
         shown.sort(key=lambda line: -line.get("ratio"))
         ratios = [line.get("ratio") for line in shown]
         names = [label(line) + (" + KL" if line[0].variant["loss"] == "dpo+kl" else "") for line in shown]
         ours = [VARIANTS[line[0].variant["plan"]].ours for line in shown]
-        bars = panel.barh(names, ratios, color=[style.OURS if own else style.RIVAL for own in ours])
+        bars = panel.barh(names, ratios, color=[style.OURS if is_ours else style.RIVAL for is_ours in ours])
         text = [f"{line.get('ratio'):.2f}   {middle(line.get('peak')):,.0f} MiB" for line in shown]
         panel.bar_label(bars, text, padding=3, fontsize=8)
         panel.axvline(1, color=style.LIMIT, linewidth=1.2)

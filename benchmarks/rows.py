@@ -46,10 +46,10 @@ class Rows(list[Row]):
         Raises:
             ValueError: there are several.
         """
-        found = [row.value for row in self.where(**variant) if row.metric == metric]
-        if len(found) > 1:
-            raise ValueError(f"{metric} of {variant} has {len(found)} values: say more of the variant")
-        return found[0] if found else None
+        values = [row.value for row in self.where(**variant) if row.metric == metric]
+        if len(values) > 1:
+            raise ValueError(f"{metric} of {variant} has {len(values)} values: say more of the variant")
+        return values[0] if values else None
 
     def distinct(self, key: str) -> list[Any]:
         """What the variants have under a key, in the order of their first rows."""
@@ -57,11 +57,11 @@ class Rows(list[Row]):
 
     def groups(self, *keys: str) -> list["Rows"]:
         """The rows that have the first of these keys, by their values of all."""
-        found: dict[tuple, Rows] = {}
+        groups: dict[tuple, Rows] = {}
         for row in self:
             if not keys or keys[0] in row.variant:
-                found.setdefault(tuple(row.variant.get(key) for key in keys), Rows()).append(row)
-        return list(found.values())
+                groups.setdefault(tuple(row.variant.get(key) for key in keys), Rows()).append(row)
+        return list(groups.values())
 
 
 def measured(study: str, environment: dict, metrics: Mapping[str, Any], **variant: Any) -> Rows:
@@ -144,17 +144,17 @@ def of(key: str, form: str = "") -> Cell:
 
 def machines(rows: Rows) -> dict[str, Rows]:
     """`{a line about a machine: what was measured there}`, with all dates and commits."""
-    found: dict[str, Rows] = {}
+    by_machine: dict[str, Rows] = {}
     for row in rows:
         e = row.environment
         versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
         machine = f"{e['cpu']} ({e['cpu_capability']}), {e['threads']} thread{'s' * (e['threads'] > 1)}, "
-        found.setdefault(f"{machine}{e['memory_gib']} GiB; Python {e['python']}, {versions}", Rows()).append(row)
+        by_machine.setdefault(f"{machine}{e['memory_gib']} GiB; Python {e['python']}, {versions}", Rows()).append(row)
 
     def all_of(key: str, rows: Rows) -> str:
         return ", ".join(dict.fromkeys(row.environment[key] for row in rows))
 
-    return {f"{name}; {all_of('date', of)}, commit {all_of('commit', of)}": of for name, of in found.items()}
+    return {f"{name}; {all_of('date', of)}, commit {all_of('commit', of)}": of for name, of in by_machine.items()}
 
 
 def caption(rows: Rows, command: str) -> str:
@@ -166,4 +166,4 @@ def fill(page: str, tables: Callable[[str], str]) -> str:
     mark = re.compile(r"(<!-- table ([\w-]+) -->\n)(?:(?!<!-- table ).)*?(?=<!-- /table -->)", re.DOTALL)
     if not len(mark.findall(page)) == page.count("<!-- table ") == page.count("<!-- /table -->"):
         raise ValueError("a table needs both its markers, <!-- table NAME --> and <!-- /table -->")
-    return mark.sub(lambda found: found[1] + tables(found[2]).strip() + "\n", page)
+    return mark.sub(lambda match: match[1] + tables(match[2]).strip() + "\n", page)

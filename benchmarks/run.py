@@ -34,10 +34,10 @@ STUDY, TOKENS = "comparison", 2_048
 
 def compare(inputs: Inputs, only: list[str], repeats: int, calls: int, threads: int, problem: dict) -> rows.Rows:
     """Floor and variants in turn, `repeats` times; `problem` is what all variants have in common."""
-    here, found = environment(threads), rows.Rows()
+    machine, collected = environment(threads), rows.Rows()
 
     def add(metrics: dict[str, Any], **variant: Any) -> None:
-        found.extend(rows.measured(STUDY, here, metrics, **problem, **variant))
+        collected.extend(rows.measured(STUDY, machine, metrics, **problem, **variant))
 
     with tempfile.TemporaryDirectory() as directory:
         stored = Path(directory) / "inputs.safetensors"
@@ -66,7 +66,7 @@ def compare(inputs: Inputs, only: list[str], repeats: int, calls: int, threads: 
         add({"floor, s": best["seconds"], "arrangement": best["arrangement"]}, product=product)
     for (name, objective), results in measured.items():
         add(metrics(name, inputs, results), plan=name, loss=objective)
-    return found
+    return collected
 
 
 def ratios(result: dict) -> list[float]:
@@ -112,8 +112,8 @@ def main() -> None:
             floor = str(floor_dtype(DTYPES[dtype])).removeprefix("torch.")
             problem = {"head": case, "dtype": dtype, "floor": floor, "tokens": args.tokens}
             inputs = make_inputs(case, DTYPES[dtype], args.tokens)
-            found = compare(inputs, args.only, args.repeats, args.calls, args.threads, problem)
-            rows.save(args.out, found)  # after every piece: a long run that is interrupted keeps what it has
+            collected = compare(inputs, args.only, args.repeats, args.calls, args.threads, problem)
+            rows.save(args.out, collected)  # after every piece: a long run that is interrupted keeps what it has
 
 
 if __name__ == "__main__":

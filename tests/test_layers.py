@@ -14,16 +14,16 @@ LAYERS = ("ops", "losses", "models", "cache", "capture", "train", "cli")  # each
 
 def imported_layers(path: Path) -> set[str]:
     """Layers that a module of the package imports, wherever in its text."""
-    here = path.relative_to(PACKAGE).parts[:-1]
-    found = set()
+    package = path.relative_to(PACKAGE).parts[:-1]
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            target = [*here[: len(here) - node.level + 1], *(node.module or node.names[0].name).split(".")]
-            found.add(target[0])
+            target = [*package[: len(package) - node.level + 1], *(node.module or node.names[0].name).split(".")]
+            imported.add(target[0])
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            found |= {name.split(".")[1] for name in names if name.startswith("dadpo_kernels.")}
-    return found & set(LAYERS)
+            imported |= {name.split(".")[1] for name in names if name.startswith("dadpo_kernels.")}
+    return imported & set(LAYERS)
 
 
 @pytest.mark.parametrize("number", range(len(LAYERS)), ids=LAYERS)

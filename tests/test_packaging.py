@@ -63,10 +63,10 @@ def sdist(checkout, tmp_path_factory):
 
 
 def test_sdist_has_every_source(sdist):
-    found = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*")}
+    paths = {p.relative_to(sdist).as_posix() for p in sdist.rglob("*")}
     assert len(SOURCES) > 10
     for name in (*SOURCES, "setup.py", "pyproject.toml", "README.md", "LICENSE", "dadpo_kernels/py.typed"):
-        assert name in found, name
+        assert name in paths, name
 
 
 def check_contents(wheel: Path, modules: set[str]) -> None:
@@ -176,11 +176,11 @@ def test_install_into_a_clean_environment(checkout, tmp_path, case):
     if "_cuda" in modules and not shutil.which("nvcc"):
         pytest.skip("no nvcc here")
     environment = without(missing, tmp_path / "bin")
-    own = shutil.copytree(checkout, tmp_path / "checkout")  # pip builds in place: nothing must be left of another case
+    copy = shutil.copytree(checkout, tmp_path / "checkout")  # pip builds in place: nothing may be left of another case
     python = clean_python(tmp_path)
     start = time.time()
     command = [python, "-m", "pip", "install", "--no-deps", "--no-cache-dir", "."]
-    subprocess.run(command, cwd=own, env=environment, check=True)
+    subprocess.run(command, cwd=copy, env=environment, check=True)
     print(f"\n{case}: installed in {time.time() - start:.0f} s")
     lend_packages(python, Path(torch.__file__).parents[1])
     text = subprocess.run(

@@ -67,17 +67,17 @@ class Compiled:
     @property
     def complaints(self) -> list[str]:
         """Why this configuration must not be used."""
-        limit, found = CHIPS[self.chip].shared_per_block, []
+        limit, reasons = CHIPS[self.chip].shared_per_block, []
         if self.loop_spills is None and (self.spills or self.stack):
-            found.append(f"{self.spills} accesses to local memory, {self.stack} bytes of stack")
+            reasons.append(f"{self.spills} accesses to local memory, {self.stack} bytes of stack")
         if self.loop_spills:
-            found.append(f"{self.loop_spills} accesses to local memory in its loop")
+            reasons.append(f"{self.loop_spills} accesses to local memory in its loop")
         if self.serialised:
-            found.append("serialised: it waits after every wgmma")
+            reasons.append("serialised: it waits after every wgmma")
         if self.shared > limit:
-            found.append(f"{self.shared} bytes of shared memory, the chip has {limit}")
-        found += [f"no {instruction}" for instruction in self.missing]
-        return found
+            reasons.append(f"{self.shared} bytes of shared memory, the chip has {limit}")
+        reasons += [f"no {instruction}" for instruction in self.missing]
+        return reasons
 
     def __str__(self) -> str:
         return f"sm_{self.chip} {self.kernel} {self.dtype}, {self.variant}, {self.config}"
@@ -115,8 +115,8 @@ def inspect_triton(
 
 def architectures(module: Path) -> dict[int, str]:
     """What a module that nvcc built has machine code for: `{90: "sm_90a"}`."""
-    found = re.findall(r"arch = (sm_(\d+)a?)\n", cuobjdump(module, "--dump-resource-usage"))
-    return {int(capability): arch for arch, capability in found}
+    pairs = re.findall(r"arch = (sm_(\d+)a?)\n", cuobjdump(module, "--dump-resource-usage"))
+    return {int(capability): arch for arch, capability in pairs}
 
 
 def inspect_extension(chip: Chip, module: Path, threads: int) -> list[Compiled]:
@@ -156,8 +156,8 @@ def readable(mangled: str) -> tuple[str, str]:
 
 
 def resource_usage(binary: Path, *options: str) -> dict[str, dict[str, int]]:
-    found = re.findall(r"Function (\S+):\s+(REG:.*)", cuobjdump(binary, "--dump-resource-usage", *options))
-    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)} for name, usage in found}
+    usages = re.findall(r"Function (\S+):\s+(REG:.*)", cuobjdump(binary, "--dump-resource-usage", *options))
+    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)} for name, usage in usages}
 
 
 def instructions_of(sass: str) -> list[tuple[int, str]]:

@@ -78,12 +78,12 @@ def passes(tiles: Tiles, top_k: int) -> None:
     padded, groups = tiles.retained_shape(rows, columns)
     hidden, state = tiles.hidden, State.new(rows, entries, tiles.hidden)
     wide = {"dtype": torch.float32}
-    kept = RetainedTile(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, **wide))
+    retained = RetainedTile(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, **wide))
     coefficients = Coefficients(state.max, state.max, state.selected)
     grads = Grads(
         hidden.new_zeros(hidden.shape, **wide), torch.zeros_like(tiles.head.weight), hidden.new_zeros(columns, **wide)
     )
-    for stored in (None, kept):
+    for stored in (None, retained):
         tiles.forward(0, columns, state, stored)
         tiles.backward(0, columns, coefficients, grads, stored)
     if top_k:

@@ -32,8 +32,7 @@ import torch
 import triton
 
 from benchmarks.rows import markdown
-from dadpo_kernels.ops.backends import cuda, triton_
-from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends import cuda, triton_, tuning
 from dadpo_kernels.ops.backends.base import Coefficients, RetainedTile, State, Tiles
 from tools import offline
 from tools.machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
@@ -71,9 +70,9 @@ def compile_rows(chip: Chip, dtype: torch.dtype, columns: int, variant: str) -> 
 
 
 def compile_fused(
-    chip: Chip, dtype: torch.dtype, variant: str, kernel: str, config: triton_tuning.Config
+    chip: Chip, dtype: torch.dtype, variant: str, kernel: str, config: tuning.Config
 ) -> Iterator[Compiled]:
-    """A fused kernel of `triton_tuning` in one configuration; that which retains also as the repair it makes."""
+    """A fused kernel of `tuning` in one configuration; that which retains also as the repair it makes."""
     # float32 is computed in pieces, which not every chip's newest unit takes.
     instructions = (chip.matrix_instruction,) if dtype != torch.float32 else ()
     instructions += ("cp.async.bulk.tensor",) if config.TMA else ()
@@ -87,9 +86,9 @@ def compile_fused(
         )  # fmt: skip
 
 
-def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[triton_tuning.Config]:
+def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[tuning.Config]:
     """The configurations that a call on this chip chooses from."""
-    return triton_tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
+    return tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
 
 
 def one_pass(tiles: Tiles, name: str) -> None:
@@ -120,7 +119,7 @@ def triton_part() -> Part:
     for capability, chip in CHIPS.items():
         for dtype, variant in itertools.product(triton_.DTYPES, VARIANTS):
             inputs = f"sm_{capability}, {label(dtype)}, {variant}"
-            for kernel in triton_tuning.CONFIGS:
+            for kernel in tuning.CONFIGS:
                 for config in listed(chip, kernel, dtype, variant):
                     work[f"{inputs}, {kernel}, {config}"] = partial(
                         compile_fused, chip, dtype, variant, kernel, config
@@ -139,11 +138,11 @@ def cuda_part(module: Path) -> Part:
 
 def parts() -> dict[str, Part]:
     """Those that this machine can make."""
-    found = {f"Triton {triton.__version__}": triton_part()}
+    made = {f"Triton {triton.__version__}": triton_part()}
     module = Path(cuda._cuda.__file__) if cuda._cuda else None
     if module and set(CHIPS) <= set(architectures(module)):
-        found[CUDA] = cuda_part(module)
-    return found
+        made[CUDA] = cuda_part(module)
+    return made
 
 
 def fingerprint(language: str) -> str:
@@ -169,7 +168,7 @@ def without_words(source: str) -> str:
 def without_comments(source: str) -> str:
     """C++ without comments and empty lines; strings stay as they are."""
     pattern = r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/'
-    bare = re.sub(pattern, lambda found: found[0] if found[0][0] == '"' else " ", source, flags=re.DOTALL)
+    bare = re.sub(pattern, lambda match: match[0] if match[0][0] == '"' else " ", source, flags=re.DOTALL)
     return "\n".join(" ".join(line.split()) for line in bare.splitlines() if line.strip())
 
 
@@ -230,7 +229,8 @@ def report(results: dict) -> str:
         "it has no loop), waits after every wgmma, or asks for more shared memory than its chip has; the fused "
         f"bfloat16 kernels use the newest matrix unit of each chip ({matrix})."
     )
-    extension, compilers = rows.pop(CUDA, []), {name.removeprefix("Triton "): found for name, found in rows.items()}
+    extension = rows.pop(CUDA, [])
+    compilers = {name.removeprefix("Triton "): compiled for name, compiled in rows.items()}
     parts = [
         f"Compiled with {' and '.join(rows)} (CUDA C++: nvcc), not run: `python -m tools.static_report`.",
         verdict,
@@ -257,7 +257,7 @@ def occupancy(results: dict) -> str:
         if (row.chip, row.dtype, row.variant) == (90, "bfloat16", "plain") and row.kernel in kernels:
             cell = cells.setdefault(row.config, {}).setdefault(row.kernel, [])
             cell.append(f"{row.registers}, {row.blocks}")
-    lines = [[config, *("; ".join(found[k]) for k in kernels)] for config, found in cells.items()]
+    lines = [[config, *("; ".join(by_kernel[k]) for k in kernels)] for config, by_kernel in cells.items()]
     return markdown(["configuration", *kernels.values()], lines)
 
 
@@ -273,11 +273,11 @@ def by_chip(compilers: dict[str, list[Compiled]], kernels: tuple[str, ...]) -> d
 
 
 def table(columns: dict[str, list[Compiled]], what: str) -> str:
-    found: dict[tuple[str, str, str], dict[str, list[Compiled]]] = {}
+    by_line: dict[tuple[str, str, str], dict[str, list[Compiled]]] = {}
     for title, rows in columns.items():
         for row in rows:
-            found.setdefault((row.kernel, row.dtype, row.config), {}).setdefault(title, []).append(row)
-    lines = [[*line, *(cell(cells.get(title, [])) for title in columns)] for line, cells in found.items()]
+            by_line.setdefault((row.kernel, row.dtype, row.config), {}).setdefault(title, []).append(row)
+    lines = [[*line, *(cell(cells.get(title, [])) for title in columns)] for line, cells in by_line.items()]
     return markdown(["kernel", "dtype", what, *columns], lines)
 
 

@@ -23,8 +23,7 @@ from benchmarks.gpu_suite.checks import CASES, MASKED, ROWS, TIES, VOCAB, K, nth
 from benchmarks.gpu_suite.settings import SHAPES, TOKENS, TOP_K, Settings
 from benchmarks.gpu_suite.task import Task
 from benchmarks.gpu_suite.timing import Unavailable
-from dadpo_kernels.ops.backends import triton_
-from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends import triton_, tuning
 from dadpo_kernels.ops.backends.registry import BACKENDS
 
 ROOT = Path(__file__).parents[2]
@@ -73,25 +72,25 @@ class Job(NamedTuple):
 def jobs(capability: int) -> list[Job]:
     """Every kind of tile that the suite's stages meet, the fixed configurations first: nothing runs without those."""
     bfloat16, width, most = torch.bfloat16, SHAPES[0].width, TOP_K[0]
-    lists = [triton_tuning.candidates(kernel, capability // 10, bfloat16, width) for kernel in triton_tuning.CONFIGS]
-    found = [Job("triton", bfloat16, TOKENS, 4096, width, most)]
+    lists = [tuning.candidates(kernel, capability // 10, bfloat16, width) for kernel in tuning.CONFIGS]
+    needed = [Job("triton", bfloat16, TOKENS, 4096, width, most)]
     valid, vocab = ROWS - len(range(*MASKED.indices(ROWS))), VOCAB
     for backend in ("triton", "triton_rows"):
         tiles = BACKENDS[backend].tiles
         for shape in SHAPES:
             full = tiles.tile_columns(TOKENS, shape.width, bfloat16)
             for columns in (full, shape.vocab % full or full):
-                found += [Job(backend, bfloat16, TOKENS, columns, shape.width, k, best=k) for k in TOP_K]
+                needed += [Job(backend, bfloat16, TOKENS, columns, shape.width, k, best=k) for k in TOP_K]
         for dtype in triton_.DTYPES:
             for case in CASES:
                 options = {"bias": True, "softcap": case == "softcap"}
-                found.append(Job(backend, dtype, valid, vocab, width_of(case), K, **options))
-            found += [Job(backend, dtype, ROWS, vocab, 8, 0, best=k) for k in TIES]
+                needed.append(Job(backend, dtype, valid, vocab, width_of(case), K, **options))
+            needed += [Job(backend, dtype, ROWS, vocab, 8, 0, best=k) for k in TIES]
     for choice in range(1, max(map(len, lists))):
-        found.append(Job("triton", bfloat16, TOKENS, 4096, width, most, choice=choice))
+        needed.append(Job("triton", bfloat16, TOKENS, 4096, width, most, choice=choice))
         for softcap in (False, True):
-            found.append(Job("triton", bfloat16, valid, vocab, width_of("softcap"), K, 0, True, softcap, choice))
-    return list(dict.fromkeys(found))
+            needed.append(Job("triton", bfloat16, valid, vocab, width_of("softcap"), K, 0, True, softcap, choice))
+    return list(dict.fromkeys(needed))
 
 
 def compile_job(job: Job, capability: int) -> dict:
@@ -122,13 +121,13 @@ def compile_all(s: Settings) -> dict:
     """Runs `jobs`; the slowest tells whether more processes would help."""
     if not triton_.INSTALLED:
         raise Unavailable("the package triton is not installed")
-    found = jobs(s.capability)[: 1 if s.dry else None]
+    needed = jobs(s.capability)[: 1 if s.dry else None]
     start = time.monotonic()
-    with ProcessPoolExecutor(min(PROCESSES, len(found)), get_context("spawn")) as pool:
-        done = list(pool.map(partial(attempted, s.capability), found))
+    with ProcessPoolExecutor(min(PROCESSES, len(needed)), get_context("spawn")) as pool:
+        done = list(pool.map(partial(attempted, s.capability), needed))
     met, took, errors = zip(*done, strict=True)
     if any(errors):
-        raise RuntimeError(f"{sum(map(bool, errors))} of {len(found)} jobs: {next(filter(None, errors))}")
+        raise RuntimeError(f"{sum(map(bool, errors))} of {len(needed)} jobs: {next(filter(None, errors))}")
     return {
         "kernels": sum(met),
         "slowest_seconds": max(took),

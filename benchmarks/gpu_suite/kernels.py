@@ -13,8 +13,7 @@ from benchmarks.gpu_suite.row_passes import PASSES, row_pass
 from benchmarks.gpu_suite.settings import REPEATS, SHAPES, TOKENS, TOP_K, Batch, Settings, Shape, batch
 from benchmarks.gpu_suite.task import Task
 from benchmarks.gpu_suite.timing import Unavailable, copy_bandwidth, seconds
-from dadpo_kernels.ops.backends import triton_
-from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends import triton_, tuning
 from dadpo_kernels.ops.backends.base import Coefficients, Entries, RetainedTile, State
 from dadpo_kernels.ops.backends.gpu_base import accumulate, rounded_mm
 from dadpo_kernels.ops.backends.registry import BACKENDS
@@ -94,8 +93,8 @@ def row_passes_and_sweep(s: Settings, lane: str) -> Iterator[Task]:
             yield Task(f"{backend} {name}", row, partial(one_pass, s, backend, name, data, rate), 0.6)
     for shape in CONFIGURED:
         tiles = cache(partial(fused_tiles, s, shape))
-        for kernel in triton_tuning.CONFIGS:
-            for config in triton_tuning.candidates(kernel, s.capability // 10, torch.bfloat16, shape.width):
+        for kernel in tuning.CONFIGS:
+            for config in tuning.candidates(kernel, s.capability // 10, torch.bfloat16, shape.width):
                 row = {"shape": shape.name, "kernel": kernel, "config": str(config)}
                 yield Task(f"{kernel}, {config}", row, partial(configured, s, tiles, kernel, config), 0.3)
 
@@ -114,9 +113,7 @@ def fused_tiles(s: Settings, shape: Shape) -> triton_.FusedTiles:
     return triton_.FusedTiles(data.hidden, head, Entries.merge(data.labels, data.topk_ids))
 
 
-def configured(
-    s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str, config: triton_tuning.Config
-) -> dict:
+def configured(s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str, config: tuning.Config) -> dict:
     """A fused kernel over one tile of columns: its time alone, and how far it is from the fixed configuration.
 
     The largest difference, relative to the largest value, is `ok` if roundings of bfloat16 explain it.
@@ -125,12 +122,12 @@ def configured(
         raise Unavailable(reason)
     times: list[float] = []
 
-    def timed(*arguments) -> triton_tuning.Config:
-        times.extend(triton_tuning.timed([config], arguments[-1])[config])
+    def timed(*arguments) -> tuning.Config:
+        times.extend(tuning.timed([config], arguments[-1])[config])
         return config
 
     run, width = fused_pass(tiles(), kernel), tiles().hidden.shape[1]
-    fixed = triton_tuning.candidates(kernel, s.capability // 10, torch.bfloat16, width)[0]
+    fixed = tuning.candidates(kernel, s.capability // 10, torch.bfloat16, width)[0]
     with mock.patch.object(triton_, "choose", return_value=fixed):
         want = run()
     with mock.patch.object(triton_, "choose", return_value=config):
@@ -156,11 +153,11 @@ def first_tile(tiles: triton_.FusedTiles) -> int:
 
 
 def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Tensor, ...]]:
-    """By its name in `triton_tuning`: a pass over the first tile, as it is called, and what it computes."""
+    """By its name in `tuning`: a pass over the first tile, as it is called, and what it computes."""
     rows, entries = tiles.entries.ids.shape
     columns = first_tile(tiles)
     padded, groups = tiles.retained_shape(rows, columns)
-    kept = RetainedTile(
+    retained = RetainedTile(
         tiles.hidden.new_zeros(rows, padded), tiles.hidden.new_zeros(rows, groups, dtype=torch.float32)
     )
     ones = torch.ones(rows, device=tiles.hidden.device)
@@ -173,6 +170,6 @@ def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Ten
 
     return {
         "statistics": lambda: statistics(None),
-        "retain": lambda: (*statistics(kept), kept.exps[:, :columns].float(), kept.bases[:, 0].clone()),
+        "retain": lambda: (*statistics(retained), retained.exps[:, :columns].float(), retained.bases[:, 0].clone()),
         "gradient": lambda: (tiles.logit_gradient(0, columns, coefficients).float(),),
     }[kernel]

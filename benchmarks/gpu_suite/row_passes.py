@@ -52,13 +52,15 @@ def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[]
     wide, narrow = 4 * rows * columns, hidden.element_size() * rows * columns
 
     def statistics(retain: bool = False) -> Pass:
-        state, kept = State.new(rows, entries, hidden), None
+        state, retained = State.new(rows, entries, hidden), None
         if retain:
-            kept = RetainedTile(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, dtype=torch.float32))
+            retained = RetainedTile(
+                hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, dtype=torch.float32)
+            )
 
         def run() -> tuple[Tensor, ...]:
-            tiles.forward(0, columns, state, kept)
-            return state.max, state.sum, state.selected, *([kept.exps[:, :columns]] if kept else [])
+            tiles.forward(0, columns, state, retained)
+            return state.max, state.sum, state.selected, *([retained.exps[:, :columns]] if retained else [])
 
         return run
 

@@ -83,11 +83,11 @@ def run_all(stages: dict[str, Stage], options: Sequence[str], path: Path, second
         limit = min(stage.seconds, seconds - suite.now())
         if limit <= 0:
             continue
-        found = results["stages"][name]
+        result = results["stages"][name]
 
-        def add(row: dict, found: dict = found) -> None:
+        def add(row: dict, result: dict = result) -> None:
             with lock:
-                found["rows"].append(row)
+                result["rows"].append(row)
                 write(path, results)
 
         together = Clock(dry)
@@ -97,15 +97,16 @@ def run_all(stages: dict[str, Stage], options: Sequence[str], path: Path, second
             command = [sys.executable, "-m", "benchmarks.gpu_suite.worker", name, "--lane", lane, *options]
             return run_lane(command, limit, clock, add), clock.now()
 
-        found["status"] = "running"
+        result["status"] = "running"
         with ThreadPoolExecutor(min(len(stage.lanes), os.cpu_count() or 1)) as pool:
             lanes = list(pool.map(run_in, stage.lanes))
-        found["status"] = "; ".join(dict.fromkeys(status for status, _ in lanes))
-        found["seconds"] = max(taken for _, taken in lanes)
-        suite.plan(found["seconds"])
+        result["status"] = "; ".join(dict.fromkeys(status for status, _ in lanes))
+        result["seconds"] = max(taken for _, taken in lanes)
+        suite.plan(result["seconds"])
         write(path, results)
         print(
-            f"{name}: {found['status']}, {len(found['rows'])} rows in {found['seconds']:.0f} of {stage.seconds:.0f} s",
+            f"{name}: {result['status']}, {len(result['rows'])} rows in "
+            f"{result['seconds']:.0f} of {stage.seconds:.0f} s",
             file=sys.stderr,
         )
     return results
@@ -205,16 +206,16 @@ def parse(line: str) -> dict:
 
 def complaints(results: dict) -> list[str]:
     """What is wrong with us: a stage that did not end by itself, a check that failed, a call that did not run."""
-    found = []
+    lines = []
     for name, stage in results["stages"].items():
         if stage["status"] != "complete":
-            found.append(f"{name}: {stage['status']} after {len(stage['rows'])} rows")
+            lines.append(f"{name}: {stage['status']} after {len(stage['rows'])} rows")
         for row in stage["rows"]:
             rival = "name" in row and not row["name"].startswith(("dadpo-kernels", "the three products"))
             missing = "error" in row or ("skipped" in row and not results["environment"]["dry_run"])
             if not row.get("ok", True) or (missing and not rival):
-                found.append(f"{name}: {row}")
-    return found
+                lines.append(f"{name}: {row}")
+    return lines
 
 
 def write(path: Path, results: dict) -> None:

@@ -96,22 +96,22 @@ def compared(row: dict, results: dict) -> dict:
 
 def misses(results: dict) -> list[str]:
     """What the cost model did not foresee, furthest first: the next thing to understand."""
-    found = []
+    missed = []
     for row in rows_of(results, *STEPS):
         ratio = compared(row, results).get("measured / predicted", 1)
         if abs(ratio - 1) > cost_model.MISS:
             what = f"{row['shape']}, {row['name']}" + (f", K = {row['top_k']}" if "top_k" in row else "")
-            found.append((abs(ratio - 1), f"{what}: {ratio:.2f} of the prediction"))
-    return [text for _, text in sorted(found, reverse=True)]
+            missed.append((abs(ratio - 1), f"{what}: {ratio:.2f} of the prediction"))
+    return [text for _, text in sorted(missed, reverse=True)]
 
 
 def goals(results: dict) -> list[dict]:
     """Every measured figure that has a goal, and whether it reaches it."""
-    found, known = [], heads(results)
+    figures, known = [], heads(results)
     on_h100 = cost_model.gpu_named(results["environment"]["device"]) is cost_model.GPUS["H100"]
 
     def add(goal: str, of: str, measured: float, limit: float, reached: bool) -> None:
-        found.append({"goal": goal, "of": of, "measured": measured, "limit": limit, "reached": reached})
+        figures.append({"goal": goal, "of": of, "measured": measured, "limit": limit, "reached": reached})
 
     for row in rows_of(results, "table"):
         plan, head = plan_of(row), known.get(row.get("shape", ""))
@@ -133,7 +133,7 @@ def goals(results: dict) -> list[dict]:
         if "of_copy" in row:
             of = f"{row['backend']}, {row['pass']}"
             add("row pass, share of the copy, at least", of, row["of_copy"], PASS, row["of_copy"] >= PASS)
-    return found
+    return figures
 
 
 def flat(row: dict, more: dict) -> list[dict]:
@@ -166,8 +166,8 @@ def report(results: dict, only: Sequence[str] = ()) -> str:
         parts += ["### failures", "\n".join(f"- {line}" for line in wrong)]
     if missed := misses(results):
         parts += [f"### further than {cost_model.MISS:.0%} from the cost model", "\n".join(f"- {m}" for m in missed)]
-    if found := goals(results):
-        parts += ["### goals", listed(list(found[0]), found)]
+    if figures := goals(results):
+        parts += ["### goals", listed(list(figures[0]), figures)]
     return "\n\n".join(parts) + "\n"
 
 

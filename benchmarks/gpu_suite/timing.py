@@ -15,7 +15,7 @@ def seconds(device: torch.device, run: Callable[[], object], repeats: int) -> fl
 def times(device: torch.device, run: Callable[[], object], repeats: int) -> list[float]:
     """Seconds of each call after one that warms up: on the device's own clock where it has one."""
     run()
-    found = []
+    seconds = []
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -24,12 +24,12 @@ def times(device: torch.device, run: Callable[[], object], repeats: int) -> list
             run()
             end.record()
             end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
+            seconds.append(start.elapsed_time(end) / 1e3)
         else:
             begin = time.perf_counter()
             run()
-            found.append(time.perf_counter() - begin)
-    return found
+            seconds.append(time.perf_counter() - begin)
+    return seconds
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int | None:

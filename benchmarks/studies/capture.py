@@ -53,9 +53,9 @@ def dense_topk(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     return *logps.topk(K), logps.gather(1, labels[:, None])
 
 
-def head(tokens: list[int], dtype: str, here: dict) -> Rows:
+def head(tokens: list[int], dtype: str, machine: dict) -> Rows:
     hidden, weight, labels = smollm2_hidden(max(tokens), DTYPES[dtype])
-    found = Rows()
+    rows = Rows()
     for n in tokens:
         h, y = hidden[:n], labels[:n]
         gemm = min((run for product, _, run in products(h, weight) if product == "logits"), key=timed)
@@ -73,9 +73,9 @@ def head(tokens: list[int], dtype: str, here: dict) -> Rows:
         times = [{name: timed(call) for name, call in calls.items()} for _ in range(REPEATS)]
         for name in calls:
             metrics = {"time, s": statistics.median(t[name] for t in times), "peak, MiB": memory.get(name)}
-            found += measured(STUDY, here, metrics, part="head", dtype=dtype, tokens=n, plan=name)
+            rows += measured(STUDY, machine, metrics, part="head", dtype=dtype, tokens=n, plan=name)
             print(n, name, metrics, flush=True)
-    return found
+    return rows
 
 
 def captured(directory: Path, pairs: int):
@@ -133,10 +133,10 @@ class TimedTrainer(DaDPOTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         start = time.perf_counter()
-        found = super().get_batch_samples(*args, **kwargs)
+        batches = super().get_batch_samples(*args, **kwargs)
         self.begun.append(start)
         self.waited.append(time.perf_counter() - start)
-        return found
+        return batches
 
 
 def steps(model, dataset, batch: int, workers: int, collator) -> tuple[list[float], list[float]]:
@@ -219,9 +219,9 @@ def capture(rows: Rows) -> str:
     ]
     parts = []
     for part, down, columns in (("head", ["dtype", "tokens"], head), ("cache", [], cache), ("reader", [], reader)):
-        if found := rows.where(part=part):
-            source = caption(found, f"studies.capture --part {part} --out benchmarks/results/capture.json")
-            parts += [table(found, down, columns), f"SmolLM2-135M, k = {K}. {source}"]
+        if part_rows := rows.where(part=part):
+            source = caption(part_rows, f"studies.capture --part {part} --out benchmarks/results/capture.json")
+            parts += [table(part_rows, down, columns), f"SmolLM2-135M, k = {K}. {source}"]
     return "\n\n".join(parts)
 
 
@@ -238,13 +238,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="for reader: processes of the data loader")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    here = environment(args.threads)
+    machine = environment(args.threads)
     if "head" in args.part:
-        save(args.out, head(args.tokens, args.dtype, here))
+        save(args.out, head(args.tokens, args.dtype, machine))
     if "cache" in args.part:
-        save(args.out, measured(STUDY, here, cache(args.pairs), part="cache"))
+        save(args.out, measured(STUDY, machine, cache(args.pairs), part="cache"))
     if "reader" in args.part:
-        save(args.out, measured(STUDY, here, reader(args.pairs, args.batch, args.workers), part="reader"))
+        save(args.out, measured(STUDY, machine, reader(args.pairs, args.batch, args.workers), part="reader"))
 
 
 if __name__ == "__main__":

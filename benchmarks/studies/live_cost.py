@@ -45,10 +45,10 @@ def seconds(inputs: Inputs, budget: int | None, tolerance: float | None, calls: 
 
 
 def study(inputs: Inputs, calls: int, threads: int) -> Rows:
-    exact, here = gradients(inputs, 0, None), environment(threads)
-    found = measured(STUDY, here, {"tokens": int(inputs.valid.sum())})
+    exact, machine = gradients(inputs, 0, None), environment(threads)
+    rows = measured(STUDY, machine, {"tokens": int(inputs.valid.sum())})
     for plan, budget in (("recompute", 0), ("retain", RETAIN_EVERYTHING)):
-        found += measured(STUDY, here, {"time, s": seconds(inputs, budget, None, calls)}, plan=plan)
+        rows += measured(STUDY, machine, {"time, s": seconds(inputs, budget, None, calls)}, plan=plan)
     grid = [(c, CHOSEN_LIMIT) for c in CHUNKS] + [(CHOSEN_CHUNK, t) for t in LIMITS if t != CHOSEN_LIMIT]
     for chunk, tolerance in sorted(grid):
         with mock.patch("dadpo_kernels.ops.live.plan.live_chunk", lambda vocab, chunk=chunk: chunk):
@@ -59,8 +59,8 @@ def study(inputs: Inputs, calls: int, threads: int) -> Rows:
         metrics |= dict(zip(("hidden_grad_error", "weight_grad_error"), errors, strict=True))
         metrics |= {key: getattr(done[0], key) for key in ("certificate", "live_share", "exact_share", "units")}
         print(chunk, tolerance, {key: float(f"{value:.4g}") for key, value in metrics.items()}, flush=True)
-        found += measured(STUDY, here, metrics, plan="live", chunk=chunk, tolerance=tolerance)
-    return found
+        rows += measured(STUDY, machine, metrics, plan="live", chunk=chunk, tolerance=tolerance)
+    return rows
 
 
 def live_cost(rows: Rows) -> str:

@@ -127,14 +127,14 @@ def student_of(teacher: Any) -> Any:
     return drop_layers(copy.deepcopy(teacher), [teacher.config.num_hidden_layers - 1])
 
 
-def collect(task: str, runs: dict[str, list[dict[str, Any]]], here: dict) -> Rows:
+def collect(task: str, runs: dict[str, list[dict[str, Any]]], machine: dict) -> Rows:
     """Of all plans, from what their seeds gave."""
-    found = Rows()
+    rows = Rows()
     for plan, seeds in runs.items():
         metrics = {key: rounded([seed[key] for seed in seeds]) for key in seeds[0]}
-        found += measured(STUDY, here, metrics, task=task, plan=plan)
+        rows += measured(STUDY, machine, metrics, task=task, plan=plan)
         print(task, plan, {key: values for key, values in metrics.items() if key != "loss"}, flush=True)
-    return found
+    return rows
 
 
 def rounded(value: Any) -> Any:
@@ -198,8 +198,8 @@ def main() -> None:
             model, run = cross_entropy(len(tokenizer), train, heldout, seed, args.steps, tolerance)
             runs[name(tolerance)].append(run)
             teacher = teacher or model
-    here = environment(args.threads)
-    found = collect("cross_entropy", runs, here)
+    machine = environment(args.threads)
+    rows = collect("cross_entropy", runs, machine)
 
     runs = {name(t): [] for t in TOLERANCES}
     with tempfile.TemporaryDirectory() as directory:
@@ -211,7 +211,7 @@ def main() -> None:
         for seed in range(args.seeds):
             for tolerance in TOLERANCES:
                 runs[name(tolerance)].append(distill(teacher, tokenizer, caches, seed, args.epochs, tolerance))
-    save(args.out, found + collect("distill", runs, here))
+    save(args.out, rows + collect("distill", runs, machine))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def runs(inputs: Inputs, budget: int) -> dict[str, Callable[[], Any]]:
 def study(inputs: Inputs, rounds: int, threads: int) -> Rows:
     hidden = inputs.hidden.flatten(0, 1)[inputs.valid]
     best = measure_floor(hidden, inputs.weight, 3)
-    floor = arranged(hidden, inputs.weight, {product: found["arrangement"] for product, found in best.items()})
+    floor = arranged(hidden, inputs.weight, {product: choice["arrangement"] for product, choice in best.items()})
     parts = {("floor", "products"): floor}
     parts |= {(n, part): run for n, b in BUDGETS.items() for part, run in runs(inputs, b).items()}
     times: dict[tuple[str, str], list[float]] = {part: [] for part in parts}
@@ -113,11 +113,11 @@ def study(inputs: Inputs, rounds: int, threads: int) -> Rows:
         for part, run in parts.items():
             times[part].append(timed(run))
         log(f"round {number}: " + " ".join(f"{t[-1]:.3f}" for t in times.values()))
-    here, flops = environment(threads), 2 * len(hidden) * inputs.weight.numel()
-    found = measured(STUDY, here, {"tokens": len(hidden), "product, flop": flops, "fma_peak, flop/s": rates[1:]})
+    machine, flops = environment(threads), 2 * len(hidden) * inputs.weight.numel()
+    rows = measured(STUDY, machine, {"tokens": len(hidden), "product, flop": flops, "fma_peak, flop/s": rates[1:]})
     for (plan, part), t in times.items():  # the first round touches memory and counts for nothing
-        found += measured(STUDY, here, {"time, s": t[1:]}, plan=plan, part=part)
-    return found
+        rows += measured(STUDY, machine, {"time, s": t[1:]}, plan=plan, part=part)
+    return rows
 
 
 def phases(rows: Rows) -> str:

@@ -144,8 +144,8 @@ def seconds(point: Rows) -> float:
 
 def line(rows: Rows, sweep: str, value: Callable[[Rows], float], plan: str) -> tuple[list[float], list[float]]:
     """A plan's points of a sweep: what varies, and a value."""
-    found = rows.where(STUDY, sweep=sweep, plan=plan).groups(*POINT)
-    return [point[0].variant[sweep] for point in found], [value(point) for point in found]
+    groups = rows.where(STUDY, sweep=sweep, plan=plan).groups(*POINT)
+    return [point[0].variant[sweep] for point in groups], [value(point) for point in groups]
 
 
 def power(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -179,8 +179,8 @@ def fits(rows: Rows) -> str:
     )
     lines = []
     for title, sweep, value, text in wanted:
-        found = [line(rows, sweep, value, plan) for plan in LABELS]
-        lines.append([title, *(text(x, y) if x else NOTHING for x, y in found)])
+        curves = [line(rows, sweep, value, plan) for plan in LABELS]
+        lines.append([title, *(text(x, y) if x else NOTHING for x, y in curves)])
     heads = [[rows.where(STUDY, sweep="frozen", plan=plan + frozen) for frozen in ("", FROZEN)] for plan in LABELS]
     ratios = [f"{seconds(frozen) / seconds(trained):.2f}" if trained else NOTHING for trained, frozen in heads]
     lines.append(["time with a frozen head over that with a trained one", *ratios])
@@ -189,8 +189,8 @@ def fits(rows: Rows) -> str:
 
 def estimates(rows: Rows) -> str:
     """How well the package foresees its peaks."""
-    found = [point for point in rows.where(STUDY).groups("sweep", *POINT) if point.get("estimate")]
-    ratios = [point.get("peak") / point.get("estimate") for point in found]
+    estimated = [point for point in rows.where(STUDY).groups("sweep", *POINT) if point.get("estimate")]
+    ratios = [point.get("peak") / point.get("estimate") for point in estimated]
     return (
         f"At the {len(ratios)} points of this package the measured peak was {min(ratios):.2f} to {max(ratios):.2f} "
         "times what `dadpo_kernels.estimate_memory` (`dadpo memory`) says beforehand, "
@@ -228,9 +228,9 @@ def sweeps(rows: Rows) -> str:
     ]
     parts = []
     for sweep, title in HEADINGS.items():
-        if found := rows.where(STUDY, sweep=sweep):
-            source = caption(found, f"studies.scaling --sweep {sweep} --out benchmarks/results/scaling.json")
-            parts += [f"### {title}", table(found, POINT, columns), source]
+        if swept := rows.where(STUDY, sweep=sweep):
+            source = caption(swept, f"studies.scaling --sweep {sweep} --out benchmarks/results/scaling.json")
+            parts += [f"### {title}", table(swept, POINT, columns), source]
     return "\n\n".join(parts)
 
 
@@ -249,17 +249,17 @@ def draw_sizes(rows: Rows) -> Any:
 
     values = ((seconds, "seconds"), (beside_gradients, "MiB beside gradients"))
     for panels, sweep in zip(axes, ("tokens", "vocabulary"), strict=True):
-        found = rows.where(STUDY, sweep=sweep)
+        swept = rows.where(STUDY, sweep=sweep)
         for panel, (value, label) in zip(panels, values, strict=True):
             draw_lines(panel, rows, sweep, value)
-            ticks = sorted(found.distinct(sweep))
+            ticks = sorted(swept.distinct(sweep))
             panel.set(xscale="log", yscale="log", ylabel=label, title=f"{label.split()[0]} over {TITLES[sweep]}")
             panel.set_xticks(ticks, [f"{tick // 1024}k" for tick in ticks])
             panel.minorticks_off()
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:,g}")
-        one = [logits(group) for group in found.groups(sweep)]
-        panels[1].plot(found.distinct(sweep), one, color=style.LIMIT, linewidth=1.2, label="one logits tensor")
+        one = [logits(group) for group in swept.groups(sweep)]
+        panels[1].plot(swept.distinct(sweep), one, color=style.LIMIT, linewidth=1.2, label="one logits tensor")
         panels[1].set_ylim(top=12 * max(one))  # room for the legend
         panels[1].legend(fontsize=8)
     return drawing
@@ -271,11 +271,11 @@ def draw_options(rows: Rows) -> Any:
     for panel, sweep in ((by_k, "top_k"), (by_masked, "masked")):
         draw_lines(panel, rows, sweep, seconds)
         panel.set(ylim=(0, None), ylabel="seconds", title=f"seconds over {TITLES[sweep]}")
-    found = rows.where(STUDY, sweep="budget").groups("plan")
-    by_budget.plot([allowed(point) for point in found], [seconds(point) for point in found], **LINES["recompute"])
-    first = found[0]
-    alone = [seconds(first) * point.get("products") / first.get("products") for point in found]
-    by_budget.plot([allowed(point) for point in found], alone, color=style.LIMIT, linewidth=1.2)
+    budgets = rows.where(STUDY, sweep="budget").groups("plan")
+    by_budget.plot([allowed(point) for point in budgets], [seconds(point) for point in budgets], **LINES["recompute"])
+    first = budgets[0]
+    alone = [seconds(first) * point.get("products") / first.get("products") for point in budgets]
+    by_budget.plot([allowed(point) for point in budgets], alone, color=style.LIMIT, linewidth=1.2)
     by_budget.legend(["measured", "by matrix products alone"], fontsize=8)
     by_budget.set(ylim=(0, None), xlabel="memory_budget, MiB", ylabel="seconds", title="seconds over the budget")
     heads = rows.where(STUDY, sweep="frozen").groups("plan")[::-1]
@@ -297,8 +297,8 @@ def main() -> None:
     parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="default: all")
     args = parser.parse_args()
     for sweep in args.sweep:
-        for found in points(sweep, args.threads):
-            save(args.out, found)  # a long run that is interrupted keeps what it has
+        for point in points(sweep, args.threads):
+            save(args.out, point)  # a long run that is interrupted keeps what it has
 
 
 if __name__ == "__main__":

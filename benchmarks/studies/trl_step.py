@@ -138,12 +138,12 @@ def main() -> None:
         command += ["--steps", str(args.steps), "--pairs", str(args.pairs)]
         done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
         repeats[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    here, first = environment(args.threads), repeats[args.variants[0]][0]
-    found = measured(STUDY, here, {metric: first[metric] for metric in BATCH})
+    machine, first = environment(args.threads), repeats[args.variants[0]][0]
+    rows = measured(STUDY, machine, {metric: first[metric] for metric in BATCH})
     for variant, results in repeats.items():
         metrics = {metric: [result[metric] for result in results] for metric in MEASURED}
-        found += measured(STUDY, here, metrics, trainer=variant)
-    save(args.out, found)
+        rows += measured(STUDY, machine, metrics, trainer=variant)
+    save(args.out, rows)
 
 
 if __name__ == "__main__":

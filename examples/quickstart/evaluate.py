@@ -93,8 +93,8 @@ def summary(student: Logps, pairs: Dataset) -> tuple[dict[str, float], Tensor]:
         assert logps.tail is not None
         valid = batch["labels"] != -100
         sums = logps.label.sum(1)
-        for values, found in ((sums, log_ratios), (sums / valid.sum(1), margins)):
-            found.append(values.chunk(2)[0] - values.chunk(2)[1])
+        for values, collected in ((sums, log_ratios), (sums / valid.sum(1), margins)):
+            collected.append(values.chunk(2)[0] - values.chunk(2)[1])
         chosen = valid.clone()
         chosen[len(chosen) // 2 :] = False
         at = [x[chosen] for x in (logps.topk, logps.tail, teacher.topk_logps, teacher.topk_tail)]

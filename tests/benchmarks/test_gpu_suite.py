@@ -129,7 +129,7 @@ def test_whatever_ends_a_process_costs_its_row_and_its_group(monkeypatch):
     status = runner.run_lane([sys.executable, "-c", WORKER], 500, runner.Clock(False), rows.append)
     assert status == "complete, processes that died: 3"
     assert {row["lane"] for row in rows} == {"x"}
-    found = [(row["group"], row["act"], row.get("error", row.get("skipped", "fine"))) for row in rows]
+    outcomes = [(row["group"], row["act"], row.get("error", row.get("skipped", "fine"))) for row in rows]
     want = [
         ("a", "fine", "fine"), ("b", "dies", "exit status -6"), ("b", "fine", "a process died with b"),
         ("c", "raises", "RuntimeError: an illegal memory access"), ("c", "fine", "fine"),
@@ -137,8 +137,8 @@ def test_whatever_ends_a_process_costs_its_row_and_its_group(monkeypatch):
         ("e", "hangs", "hung for 12 s"), ("e", "fine", "a process died with e"),
         ("f", "absent", "No module named 'no_such_rival'"), ("a", "fine", "fine"),
     ]  # fmt: skip
-    assert [f[:2] for f in found] == [w[:2] for w in want]
-    assert all(f[2].startswith(w[2]) for f, w in zip(found, want, strict=True)), found
+    assert [f[:2] for f in outcomes] == [w[:2] for w in want]
+    assert all(f[2].startswith(w[2]) for f, w in zip(outcomes, want, strict=True)), outcomes
 
 
 SLOW = """
@@ -239,9 +239,9 @@ def test_complaints():
         },
         "passes": {"status": "complete", "rows": [{"kernel": "gradient", "error": "no"}]},
     }
-    found = runner.complaints({"environment": {"dry_run": False}, "stages": stages})
+    complaints = runner.complaints({"environment": {"dry_run": False}, "stages": stages})
     words = ("'b'", "after 4 rows", "cuda", "not built", "out of memory", "gradient")
-    assert [word for word, line in zip(words, found, strict=True) if word in line] == list(words)
+    assert [word for word, line in zip(words, complaints, strict=True) if word in line] == list(words)
 
 
 def test_the_commit_needs_no_git(monkeypatch, tmp_path):
@@ -334,11 +334,11 @@ def test_other_checks_pass():
 def test_every_configuration_meets_an_edge():
     """Of Hopper's: each but the fixed one, with rows and columns that no block divides."""
     tasks = list(checks.correctness(DRY, checks.CONFIGURATIONS))
-    lists = [build.triton_tuning.candidates(kernel, 9, torch.bfloat16, 128) for kernel in build.triton_tuning.CONFIGS]
+    lists = [build.tuning.candidates(kernel, 9, torch.bfloat16, 128) for kernel in build.tuning.CONFIGS]
     assert {task.name["choice"] for task in tasks} == set(range(1, max(map(len, lists))))
     hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
     chosen = {checks.nth_choice(task.name["choice"], 90)("retain", hidden) for task in tasks}
-    assert chosen == set(build.triton_tuning.CONFIGS["retain"][9][1:])
+    assert chosen == set(build.tuning.CONFIGS["retain"][9][1:])
     row = tasks[0].run()
     assert row["ok"], row
 
@@ -354,9 +354,9 @@ def test_a_nan_anywhere_is_an_error(monkeypatch, name):
         return got
 
     monkeypatch.setattr(checks, "evaluate", spoilt)
-    found = checks.compare(torch.device("cpu"), torch.float32, "torch", "ragged", 0)
-    assert found["worst"] == name
-    assert not found["ok"]
+    comparison = checks.compare(torch.device("cpu"), torch.float32, "torch", "ragged", 0)
+    assert comparison["worst"] == name
+    assert not comparison["ok"]
 
 
 def test_what_cancels_reaches_the_selected_entries_alone():
@@ -391,7 +391,7 @@ def test_jobs_cover_every_shape_and_configuration():
     jobs = build.jobs(90)
     assert {job.width for job in jobs} >= {shape.width for shape in SHAPES}
     assert {job.top_k for job in jobs} >= set(TOP_K)
-    lists = [build.triton_tuning.candidates(kernel, 9, torch.bfloat16, 4096) for kernel in build.triton_tuning.CONFIGS]
+    lists = [build.tuning.candidates(kernel, 9, torch.bfloat16, 4096) for kernel in build.tuning.CONFIGS]
     assert {job.choice for job in jobs if job.backend == "triton"} == set(range(max(map(len, lists))))
 
 
@@ -445,15 +445,15 @@ def test_sanitizers_are_asked_one_by_one(tmp_path, monkeypatch):
     program.write_text(TOOL.format(log=log))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = rows()
-    assert [(row["backend"], row["tool"]) for row in found] == list(itertools.product(GPU_BACKENDS, sanitizer.TOOLS))
-    assert [row["ok"] for row in found] == [True, False, True] * 3
-    assert found[1]["summary"] == "ERROR SUMMARY: 3 errors"
+    results = rows()
+    assert [(row["backend"], row["tool"]) for row in results] == list(itertools.product(GPU_BACKENDS, sanitizer.TOOLS))
+    assert [row["ok"] for row in results] == [True, False, True] * 3
+    assert results[1]["summary"] == "ERROR SUMMARY: 3 errors"
     calls = log.read_text().splitlines()
     assert all(call.endswith("-m benchmarks.gpu_suite.sanitizer torch") for call in calls)
-    own = {"cuda": "--kernel-name kns=dadpo", "triton": "--kernel-name kne=logit_gradient"}
-    for row, call in zip(found, calls, strict=True):
-        assert (own[row["backend"].removesuffix("_rows")] in call) == (row["tool"] != "initcheck")
+    filters = {"cuda": "--kernel-name kns=dadpo", "triton": "--kernel-name kne=logit_gradient"}
+    for row, call in zip(results, calls, strict=True):
+        assert (filters[row["backend"].removesuffix("_rows")] in call) == (row["tool"] != "initcheck")
 
 
 def test_what_the_sanitizers_watch(monkeypatch):

@@ -62,8 +62,8 @@ def test_goals():
     ]
     results = results_of(table=rows, passes=[{"backend": "cuda", "pass": "topk", "of_copy": 0.8}])
     room = 300 + 2 * 8192 * 128_256 / 2**20
-    found = [(round(row["measured"], 2), row["limit"], row["reached"]) for row in tables.goals(results)]
-    assert found == [
+    goals = [(round(row["measured"], 2), row["limit"], row["reached"]) for row in tables.goals(results)]
+    assert goals == [
         (41, 42, True), (1.14, 1.15, True), (302, room, True), (1.58, 1.45, False), (302, 300, False),
         (0.8, 0.85, False),
     ]  # fmt: skip

@@ -21,9 +21,9 @@ THERE = HERE | {"commit": "two", "threads": 1}
 
 @pytest.fixture
 def some():
-    found = measured("a", HERE, {"tokens": 1024})
-    found += measured("a", HERE, {"time, s": [3.0, 1.0, 2.0], "peak, MiB": None}, plan="x", dtype="float32")
-    return Rows(found + measured("a", THERE, {"time, s": [[4.0], [6.0]]}, plan="y"))
+    measured_here = measured("a", HERE, {"tokens": 1024})
+    measured_here += measured("a", HERE, {"time, s": [3.0, 1.0, 2.0], "peak, MiB": None}, plan="x", dtype="float32")
+    return Rows(measured_here + measured("a", THERE, {"time, s": [[4.0], [6.0]]}, plan="y"))
 
 
 def test_a_file_keeps_rows_and_replaces_those_that_are_measured_again(some, tmp_path):
@@ -32,11 +32,11 @@ def test_a_file_keeps_rows_and_replaces_those_that_are_measured_again(some, tmp_
     assert rows.load(path) == some
     assert len(json.loads(path.read_text())["environments"]) == 2
     rows.save(path, measured("a", THERE, {"time, s": [9.0]}, dtype="float32", plan="x"))
-    found = rows.load(tmp_path)
-    assert len(found) == len(some)
-    assert (found[1].value, found[1].environment) == ([9.0], THERE)
+    loaded = rows.load(tmp_path)
+    assert len(loaded) == len(some)
+    assert (loaded[1].value, loaded[1].environment) == ([9.0], THERE)
     (tmp_path / "gpu-h100-first.json").write_text("no rows")
-    assert rows.load(tmp_path) == found
+    assert rows.load(tmp_path) == loaded
 
 
 def test_tables_choose_what_makes_lines_and_columns(some):

@@ -66,11 +66,11 @@ def test_rounded_output_keeps_value_and_gradient():
 
 def test_forward_is_restored_after_an_error():
     model = tiny_llama()
-    own = model.forward
-    model.forward = own  # as accelerate sets one
+    forward = model.forward
+    model.forward = forward  # as accelerate sets one
     with pytest.raises(RuntimeError, match="boom"):
         loss_in_forward(model, model, lambda: (_ for _ in ()).throw(RuntimeError("boom")), lambda *_: None)
-    assert vars(model)["forward"] is own
+    assert vars(model)["forward"] is forward
     assert "forward" not in vars(model.lm_head)
 
 

@@ -125,9 +125,9 @@ def deepspeed(use: str, tied: bool) -> tuple[nn.Module, nn.Module, Callable, Cal
 
     def gradients() -> dict[str, Tensor]:
         whole = import_module("deepspeed.utils").safe_get_full_grad
-        found = {name: whole(p).clone() for p, name in names.items()}
+        grads = {name: whole(p).clone() for p, name in names.items()}
         engine.step()  # the next gradients replace these
-        return found
+        return grads
 
     return engine, model, lambda loss: engine.backward(loss), gradients
 
@@ -157,13 +157,13 @@ def worker(cases: list[tuple[Callable, bool]]) -> dict:
 @pytest.fixture(scope="module")
 def exact():
     """Loss and gradients of one process with the tokens of all ranks, by whether the head is tied."""
-    found = {}
+    by_tied = {}
     for tied in (False, True):
         model = new_model(tied)
         loss = sum(of_loss_in_forward(model, model, batch(rank)) for rank in range(WORLD)) / WORLD
         loss.backward()
-        found[tied] = loss.detach(), {name: p.grad for name, p in model.named_parameters() if name in WATCHED}
-    return found
+        by_tied[tied] = loss.detach(), {name: p.grad for name, p in model.named_parameters() if name in WATCHED}
+    return by_tied
 
 
 def assert_equal(exact: dict, cases: list[tuple[Callable, bool, tuple[int, int]]]) -> None:

@@ -51,11 +51,11 @@ def test_logits_are_the_models_own(name):
     input_ids = torch.randint(97, (2, 11))
     mask = torch.ones_like(input_ids)
     mask[1, 7:] = 0
-    own = model(input_ids=input_ids, attention_mask=mask).logits
+    model_logits = model(input_ids=input_ids, attention_mask=mask).logits
     logits = logits_of(lm_head(model), hidden_states(model, input_ids, mask))
-    assert own.std() > 0.1
+    assert model_logits.std() > 0.1
     # Norms and rotary embeddings compute in float32 whatever the model's dtype, in both.
-    torch.testing.assert_close(logits[mask == 1], own[mask == 1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits[mask == 1], model_logits[mask == 1], rtol=1e-12, atol=1e-12)
     check_lm_head(model)
 
 

@@ -73,27 +73,27 @@ def loss_and_grads(model, **inputs):
 
 def assert_same(model, tolerance=1e-10, **inputs):
     """Loss and every gradient, before and after the patch; returns both outputs."""
-    own, want = own_loss_and_grads(model, **inputs)
+    unpatched, want = own_loss_and_grads(model, **inputs)
     assert patch(model) is model
     ours, got = loss_and_grads(model, **inputs)
-    torch.testing.assert_close(ours.loss, own.loss, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours.loss, unpatched.loss, rtol=tolerance, atol=tolerance)
     assert got.keys() == want.keys()
     assert any(grad.abs().max() > 1e-4 for grad in want.values())
     for name, grad in want.items():
         torch.testing.assert_close(got[name], grad, rtol=1e-6, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-    return own, ours
+    return unpatched, ours
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_the_models_own(name):
-    own, ours = assert_same(build(FAMILIES[name]), **batch())
+    unpatched, ours = assert_same(build(FAMILIES[name]), **batch())
     labels = F.pad(batch()["labels"], (0, 1), value=-100)[:, 1:]
-    want = own.logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+    want = unpatched.logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
     torch.testing.assert_close(ours.selected_logps.label, want)
     assert "logits" not in ours
     if name.endswith("routed"):
         assert ours.aux_loss > 0.1
-        torch.testing.assert_close(ours.aux_loss, own.aux_loss)
+        torch.testing.assert_close(ours.aux_loss, unpatched.aux_loss)
 
 
 def test_text_path_of_a_vision_language_model():
@@ -125,18 +125,18 @@ def test_images_take_the_models_own_path():
     pixels = torch.randn(8, 3 * 2 * 16, dtype=torch.double)
     extra = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 4]])}
     types = (inputs["input_ids"] == 95).long()
-    own, _ = assert_same(model, **inputs, **extra, mm_token_type_ids=types)
+    unpatched, _ = assert_same(model, **inputs, **extra, mm_token_type_ids=types)
     without = model(**inputs | {"input_ids": inputs["input_ids"].masked_fill(types == 1, 5)})
-    assert (without.loss - own.loss).abs() > 1e-6
+    assert (without.loss - unpatched.loss).abs() > 1e-6
 
 
 def test_number_of_items_and_shifted_labels():
     model, inputs = build(MODELS["llama"]), batch()
-    own, _ = assert_same(model, **inputs, num_items_in_batch=torch.tensor(40))
+    unpatched, _ = assert_same(model, **inputs, num_items_in_batch=torch.tensor(40))
     labels = inputs.pop("labels")
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    torch.testing.assert_close(model(**inputs, shift_labels=shifted, num_items_in_batch=40).loss, own.loss)
-    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=40).loss, own.loss)
+    torch.testing.assert_close(model(**inputs, shift_labels=shifted, num_items_in_batch=40).loss, unpatched.loss)
+    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=40).loss, unpatched.loss)
 
 
 def test_topk_ids_give_a_distillation_loss():
@@ -222,7 +222,7 @@ def test_a_gradient_tolerance_reaches_the_primitive():
 def test_under_torch_compile():
     model = tiny_llama()
     ids = torch.randint(3, 300, (2, 5))
-    own, want = loss_and_grads(model, input_ids=ids, labels=ids)
+    unpatched, want = loss_and_grads(model, input_ids=ids, labels=ids)
     patch(model)
     graphs = []
 
@@ -232,7 +232,7 @@ def test_under_torch_compile():
 
     compiled = torch.compile(model, backend=eager)
     out = compiled(input_ids=ids, labels=ids)
-    torch.testing.assert_close(out.loss, own.loss)
+    torch.testing.assert_close(out.loss, unpatched.loss)
     assert not graphs  # Dynamo would compile pieces of it anew for every length
     compiled(input_ids=ids)
     assert graphs

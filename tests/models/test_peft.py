@@ -31,9 +31,9 @@ def products(monkeypatch):
 
 def assert_patched_equals(build_model):
     """Loss and gradients of a patched model against the unpatched one."""
-    own, want = own_loss_and_grads(build_model(), **batch())
+    unpatched, want = own_loss_and_grads(build_model(), **batch())
     ours, got = loss_and_grads(patch(build_model()), **batch())
-    torch.testing.assert_close(ours.loss, own.loss)
+    torch.testing.assert_close(ours.loss, unpatched.loss)
     assert got.keys() == want.keys()
     for name, grad in want.items():
         assert grad.abs().max() > 0, name
@@ -79,13 +79,13 @@ def test_disabled_adapter_uses_the_original_head():
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
-    own = own_loss()
+    adapted = own_loss()
     with model.disable_adapter():
         assert lm_head(model).weight is wrapper.original_module.weight
         base = own_loss()
     patch(model)
-    assert (base - own).abs() > 1e-3
-    torch.testing.assert_close(model(**inputs).loss, own)
+    assert (base - adapted).abs() > 1e-3
+    torch.testing.assert_close(model(**inputs).loss, adapted)
     with model.disable_adapter():
         torch.testing.assert_close(model(**inputs).loss, base)
 
@@ -93,11 +93,11 @@ def test_disabled_adapter_uses_the_original_head():
 def test_wrapping_after_the_patch():
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], **LORA)
     torch.manual_seed(1)
-    own, want = own_loss_and_grads(get_peft_model(build(MODELS["llama"]), config).double(), **batch())
+    unpatched, want = own_loss_and_grads(get_peft_model(build(MODELS["llama"]), config).double(), **batch())
     model = get_peft_model(patch(build(MODELS["llama"])), config).double()
     ours, got = loss_and_grads(model, **batch())
     assert "selected_logps" in ours
-    torch.testing.assert_close(ours.loss, own.loss)
+    torch.testing.assert_close(ours.loss, unpatched.loss)
     assert got.keys() == want.keys()
 
 

@@ -450,14 +450,14 @@ def operator_arguments(
     """
     budget = 2**31 if retain else 0
     if grad_tolerance is None:
-        kept = plan_for(rows, vocab, 8, torch.float32, backend=backend, memory_budget=budget).retained_bytes
+        retained_bytes = plan_for(rows, vocab, 8, torch.float32, backend=backend, memory_budget=budget).retained_bytes
     else:
-        kept = live_buffer_bytes(rows, vocab, 4, budget)
+        retained_bytes = live_buffer_bytes(rows, vocab, 4, budget)
     return (
         torch.randn(rows, 8, requires_grad=True),
         torch.randn(vocab, 8, requires_grad=True),
         torch.randn(vocab, requires_grad=True),
         torch.randint(vocab, (rows,)),
         torch.randint(vocab, (rows, 3)),
-        1.0, 30.0, 1.0, IGNORE, backend, grad_tolerance, kept,
+        1.0, 30.0, 1.0, IGNORE, backend, grad_tolerance, retained_bytes,
     )  # fmt: skip

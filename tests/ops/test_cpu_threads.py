@@ -68,8 +68,8 @@ class TestThreads:
         assert run(PROGRAM + WATCH)[1] == "1"  # the watcher itself
 
     def test_a_forked_process(self):
-        own, forked = run(PROGRAM + FORK)
-        assert own == forked
+        parent, forked = run(PROGRAM + FORK)
+        assert parent == forked
 
     def test_fewer_threads_than_asked_for(self):
         allowed, limited = run(PROGRAM), run(PROGRAM + WATCH, OMP_THREAD_LIMIT="2")

@@ -32,10 +32,10 @@ def cuobjdump() -> str:
     """CUDA's, or the one that comes with Triton."""
     triton = find_spec("triton")
     places = [Path(p) / "backends" / "nvidia" / "bin" for p in (triton.submodule_search_locations if triton else [])]
-    found = shutil.which("cuobjdump") or next((p for d in places if (p := shutil.which("cuobjdump", path=d))), None)
-    if not found:
+    program = shutil.which("cuobjdump") or next((p for d in places if (p := shutil.which("cuobjdump", path=d))), None)
+    if not program:
         pytest.skip("no cuobjdump: it comes with CUDA's toolkit and with triton")
-    return found
+    return program
 
 
 @cache
@@ -57,9 +57,9 @@ def test_resources(arch):
     sections = [s for s in re.split(r"Fatbin (?=elf|ptx)", text) if re.search(rf"arch = {arch}\n", s)]
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", "".join(sections))
     for kernel, (variants, _, _) in KERNELS.items():
-        found = [u for u in usage if kernel in u[0]]
-        assert len(found) == variants, kernel
-        for name, registers, stack, shared, local in found:
+        instances = [u for u in usage if kernel in u[0]]
+        assert len(instances) == variants, kernel
+        for name, registers, stack, shared, local in instances:
             assert (stack, local) == ("0", "0"), name
             assert int(registers) <= 128, name  # of 65,536 for 512 threads
             assert int(shared) <= 17 * 1024, name  # of which the system may take 1 KiB
@@ -71,9 +71,9 @@ def test_instructions(arch):
     """128-bit accesses where there is a row to read or write; nothing atomic; nothing spilled."""
     functions = re.split(r"Function : ", dump("-sass", "-arch", arch))[1:]
     for kernel, (variants, loads, stores) in KERNELS.items():
-        found = [f for f in functions if kernel in f.splitlines()[0]]
-        assert len(found) == variants, kernel
-        for code in found:
+        instances = [f for f in functions if kernel in f.splitlines()[0]]
+        assert len(instances) == variants, kernel
+        for code in instances:
             name = code.splitlines()[0]
             assert len(re.findall(r"\bLDG\.E\.128", code)) >= loads, name
             assert len(re.findall(r"\bSTG\.E\.128", code)) >= stores, name

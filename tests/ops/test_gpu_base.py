@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dadpo_kernels.ops.backends import cuda
-from dadpo_kernels.ops.backends import gpu_base as row_tiles
+from dadpo_kernels.ops.backends import cuda, gpu_base
 from dadpo_kernels.ops.backends.registry import BACKENDS
 
 SHAPES = {
@@ -18,11 +17,11 @@ SHAPES = {
 
 def test_weight_gradient_is_rounded_once(monkeypatch):
     """In strips, and as if the whole product had been made in float32."""
-    monkeypatch.setattr(row_tiles, "STRIP", 1)
+    monkeypatch.setattr(gpu_base, "STRIP", 1)
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(700, 50, generator=g).bfloat16(), torch.randn(50, 24, generator=g).bfloat16()
     out = torch.full((700, 24), torch.nan, dtype=torch.bfloat16)
-    row_tiles.rounded_mm(a, b, out)
+    gpu_base.rounded_mm(a, b, out)
     exact = a.double() @ b.double()
     assert ((out - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
     assert exact.abs().min() > 0

@@ -246,7 +246,7 @@ def test_a_run_replaces_its_own_parts_alone(tmp_path):
     assert results["Triton 2"]["source"] == "now"
     results = static_report.run(path, {"Triton 1": Part("now", unit(made, "a"))})
     assert made == ["a", "c", "a", "a"]
-    assert [(name, found["source"]) for name, found in results.items()] == [
+    assert [(name, part["source"]) for name, part in results.items()] == [
         ("Triton 1", "now"), (CUDA, "old"), ("Triton 2", "now"),
     ]  # fmt: skip
 

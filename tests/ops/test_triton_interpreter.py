@@ -137,11 +137,11 @@ def test_offsets_beyond_32_bits(monkeypatch, backend):
         monkeypatch.setattr(kind, "padded", lambda self, columns, dtype: place(3, columns, dtype))
         monkeypatch.setattr(kind, "products", lambda *_: place(3, TILE, torch.float32).copy_(product))
         tiles, state = kind(p.hidden, head, entries), State.new(3, entries.ids.shape[1], p.hidden)
-        kept = RetainedTile(place(3, TILE, torch.bfloat16), torch.zeros(3, 4))
-        tiles.forward(0, TILE, state, kept)
-        results = [state.max, state.sum, state.selected, kept.exps.clone()]
+        retained = RetainedTile(place(3, TILE, torch.bfloat16), torch.zeros(3, 4))
+        tiles.forward(0, TILE, state, retained)
+        results = [state.max, state.sum, state.selected, retained.exps.clone()]
         coefficients = Coefficients(torch.ones(3), state.max, torch.ones_like(state.selected))
-        for stored in (None, kept):
+        for stored in (None, retained):
             grads = Grads(torch.zeros(p.hidden.shape), torch.zeros_like(p.weight), torch.zeros(300))
             tiles.backward(0, TILE, coefficients, grads, stored)
             results += [grads.hidden, grads.weight, grads.bias]

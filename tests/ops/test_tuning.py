@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dadpo_kernels.ops.backends import tuning as triton_tuning
+from dadpo_kernels.ops.backends import tuning
 from dadpo_kernels.ops.backends.tuning import CONFIGS, LAUNCHES, ROUNDS, SMALL, candidates, choose, fastest
 
 CHOICES = CONFIGS["gradient"][9]
@@ -21,12 +21,12 @@ FIRST, SECOND, LAST = CHOICES[0], CHOICES[1], CHOICES[-1]
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DADPO_CACHE_DIR", str(tmp_path / "new"))
-    monkeypatch.setattr(triton_tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_known", {})
     return tmp_path / "new" / "autotune.json"
 
 
 def new_process(monkeypatch):
-    monkeypatch.setattr(triton_tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_known", {})
 
 
 def test_lists():

@@ -33,9 +33,9 @@ class Zero3:
         for name, p in model.named_parameters():
             p.register_post_accumulate_grad_hook(lambda p, name=name: self._reduce(name, p))
         for module in model.modules():
-            if own := list(module.parameters(recurse=False)):
-                module.register_forward_pre_hook(lambda _, inputs, own=own: _before(own, inputs))
-                module.register_forward_hook(lambda _, inputs, outputs, own=own: _after(own, outputs))
+            if params := list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda _, inputs, params=params: _before(params, inputs))
+                module.register_forward_hook(lambda _, inputs, outputs, params=params: _after(params, outputs))
 
     def _reduce(self, name: str, p: nn.Parameter) -> None:
         dist.all_reduce(p.grad)
@@ -73,16 +73,16 @@ def _release(parameters: Iterable[nn.Parameter]) -> None:
         p.data = torch.empty(0, dtype=p.dtype)
 
 
-def _before(own: list[nn.Parameter], inputs: Any) -> None:
-    _gather(own)
+def _before(params: list[nn.Parameter], inputs: Any) -> None:
+    _gather(params)
     for tensor in _tracked(inputs):
-        tensor.register_hook(lambda _: _release(own))
+        tensor.register_hook(lambda _: _release(params))
 
 
-def _after(own: list[nn.Parameter], outputs: Any) -> None:
-    _release(own)
+def _after(params: list[nn.Parameter], outputs: Any) -> None:
+    _release(params)
     for tensor in _tracked(outputs):
-        tensor.register_hook(lambda _: _gather(own))
+        tensor.register_hook(lambda _: _gather(params))
 
 
 def _tracked(values: Any) -> list[Tensor]:

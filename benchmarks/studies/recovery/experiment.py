@@ -79,10 +79,10 @@ def answers(run: Run, model: Any, tokenizer: Any, stage: Stage) -> dict[str, flo
     path = stage.runs / f"{run.name}-answers.jsonl"
     said = sample(model, tokenizer, asked, path, stage.setting.max_new_tokens, seed=run.seed)
     heldout: Any = stage.pairs("heldout")
-    own = torch.tensor([heldout[i]["chosen_label_logps"].mean() for i in range(len(asked))])
+    teacher_logps = torch.tensor([heldout[i]["chosen_label_logps"].mean() for i in range(len(asked))])
     students, lengths = likelihood(load(stage.teacher), tokenizer, asked, said)
     return {
-        "preference_rate": preference_rate(students, own),
+        "preference_rate": preference_rate(students, teacher_logps),
         "teacher_logp": students.mean().item(),
         "answer_tokens": lengths.double().mean().item(),
         **texture(said),
@@ -115,21 +115,21 @@ def main() -> None:
         fixed = [Run(m, Point(0.0), seeds[0]) for m in ("teacher", "pruned", "reference")]
         runs = list(pool.map(work, fixed + final))
 
-    here = environment(cores)
-    found = made(STUDY, here, {"setting": args.setting, **vars(stage.setting)})
+    machine = environment(cores)
+    rows = made(STUDY, machine, {"setting": args.setting, **vars(stage.setting)})
     for part, results in (("tuning", tuning), ("final", runs)):
-        found += rows_of(part, results, here)
+        rows += rows_of(part, results, machine)
     args.out.unlink(missing_ok=True)  # another run may have chosen other points
-    save(args.out, found)
+    save(args.out, rows)
 
 
-def rows_of(stage: str, results: list[dict[str, Any]], here: dict) -> Rows:
+def rows_of(stage: str, results: list[dict[str, Any]], machine: dict) -> Rows:
     """A method at a point of its grid, with a value for each seed."""
-    found = Rows()
+    rows = Rows()
     for variant in dict.fromkeys((r["method"], Point(**r["point"])) for r in results):
         method, point = variant
         seeds = [r for r in results if (r["method"], Point(**r["point"])) == variant]
         metrics = {key: [r["figures"][key] for r in seeds] for key in seeds[0]["figures"]}
         metrics |= {f"{part}, s": [r[f"{part}_seconds"] for r in seeds] for part in ("training", "measuring")}
-        found += made(STUDY, here, metrics, stage=stage, method=method, **point._asdict())
-    return found
+        rows += made(STUDY, machine, metrics, stage=stage, method=method, **point._asdict())
+    return rows

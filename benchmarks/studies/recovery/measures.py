@@ -28,8 +28,8 @@ def sample(
     """One answer a prompt, drawn as the committed pairs were (temperature 0.7, top-p 0.95, cut to whole sentences)."""
     model.eval()
     sampling = Sampling(0.7, 0.95, max_new_tokens, batch_size=56, seed=seed)
-    found = generate_answers(model, tokenizer, prompts, path, sampling)
-    return [whole_sentences(answer["answer"].strip()) or EMPTY for answer in found]
+    answers = generate_answers(model, tokenizer, prompts, path, sampling)
+    return [whole_sentences(answer["answer"].strip()) or EMPTY for answer in answers]
 
 
 @torch.no_grad()
@@ -47,9 +47,9 @@ def likelihood(teacher: Any, tokenizer: Any, prompts: Sequence[Any], answers: Se
     return torch.cat(means), torch.cat(lengths)
 
 
-def preference_rate(student: Tensor, own: Tensor) -> float:
+def preference_rate(student: Tensor, teacher: Tensor) -> float:
     """Wins minus losses of the student's answers against the teacher's own, as a share: 0 is parity, -1 never."""
-    return ((student > own).double() - (student < own).double()).mean().item()
+    return ((student > teacher).double() - (student < teacher).double()).mean().item()
 
 
 def texture(answers: Sequence[str]) -> dict[str, float]:

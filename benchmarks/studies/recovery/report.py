@@ -116,9 +116,9 @@ def draw(rows: Rows) -> Any:
     drawing, axes = style.figure(1, len(shown), width=3.0, height=2.8, sharey=True)
     lines = [final(rows).where(method=name) for name in METHODS][::-1]
     for axis, (metric, header, _, end) in zip(axes[0], shown, strict=True):
-        found = [interval(line.get(metric)) for line in lines]
+        intervals = [interval(line.get(metric)) for line in lines]
         axis.errorbar(
-            [mean for mean, _ in found], range(len(lines)), xerr=[half for _, half in found], fmt="o",
+            [mean for mean, _ in intervals], range(len(lines)), xerr=[half for _, half in intervals], fmt="o",
             color=style.OURS, capsize=3,
         )  # fmt: skip
         start = statistics.mean(final(rows).get(metric, method="reference"))

@@ -81,8 +81,8 @@ def prepare(stage: Stage) -> None:
     prune(stage.teacher, stage.pruned)
     teacher = load(stage.teacher)
     for split in SPLITS:
-        found = tokenize_pairs(read_pairs(DATA / f"{split}.jsonl"), tokenizer)
-        capture_teacher(teacher, tokenizer, found, stage.cache(split), k=stage.setting.k, progress=True)
+        pairs = tokenize_pairs(read_pairs(DATA / f"{split}.jsonl"), tokenizer)
+        capture_teacher(teacher, tokenizer, pairs, stage.cache(split), k=stage.setting.k, progress=True)
     if not (stage.sft / "config.json").exists():
         student = load(stage.pruned)
         train(
