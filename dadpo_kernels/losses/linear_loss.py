@@ -32,6 +32,9 @@ def pair_counts(labels: Tensor, ignore_index: int = -100) -> Tensor:
     Args:
         labels: `[2B, T]`, chosen rows first; tokens are the positions that differ from `ignore_index`. A pair counts
             if both its answers have a token.
+
+    Raises:
+        ValueError: labels that are not the rows of pairs.
     """
     _check_labels(labels)
     lengths = (labels != ignore_index).sum(-1)
@@ -199,6 +202,9 @@ class LinearDaDPOLoss(nn.Module):
     """`linear_dadpo_loss` with its options fixed at construction, where they are checked. It has no parameters.
 
     The arguments are those of `linear_dadpo_loss`; the head and its options come with each call.
+
+    Raises:
+        ValueError: an option that is unknown or out of range, or options that contradict each other.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ def head_module(model: nn.Module) -> nn.Linear:
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-    """The last hidden states `[B, T, H]` of a causal LM, what its head would be applied to, without any logits.
+    """The last hidden states `[B, T, H]` of a causal LM, in its dtype: what its head would be applied to.
 
     Differentiable. The call goes to the inner model, past wrappers: the hooks of DistributedDataParallel do not see
     it, so in data-parallel training call this inside the wrapped module's forward.
@@ -68,6 +68,9 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *
         input_ids: `[B, T]` int64.
         attention_mask: `[B, T]`, 1 for tokens and 0 for padding. Pad on the right: models number positions from 0.
         kwargs: further arguments of the base model's forward.
+
+    Raises:
+        TypeError: the model has no base model that is separate from its head.
     """
     causal = unwrap(model)
     base = getattr(causal, "base_model", causal)

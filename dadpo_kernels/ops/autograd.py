@@ -89,7 +89,7 @@ def selected_logps_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
     head = Head(weight, bias, logit_scale, softcap, temperature)
-    valid = ValidTokens(hidden, head, labels, topk_ids, ignore_index, backend, len(buffer), checked=True)
+    valid = ValidTokens(hidden, head, labels, topk_ids, ignore_index, backend, len(buffer))
     outputs, grads = (label, topk, tail), (grad_label, grad_topk, grad_tail)
     g = valid.gradients(outputs, grads, state, buffer, needs, grad_tolerance)
     index = valid.index

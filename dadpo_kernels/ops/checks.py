@@ -9,7 +9,7 @@ INTEGERS = (torch.int64, torch.int32)
 def require(ok: Tensor, values: Tensor, name: str, remedy: str, index: Tensor | None = None) -> None:
     """Raise ValueError at the first position of `values` that is not `ok`; both have the same shape.
 
-    Where `values` are those of the tokens at `index`, the message counts all tokens.
+    Where `values` are those of the tokens at `index` of the flattened batch, the message says which token of it.
 
     On a GPU, and in a compiled graph, the condition is asserted on the device instead: the program stops with the
     same message, a little later, and no kernel launch waits for the answer.
@@ -52,7 +52,8 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.devi
 def check_range(name: str, ids: Tensor, vocab: int, index: Tensor) -> None:
     """Every id of the tokens at `index` (of all tokens, flattened) lies in `[0, vocab)`."""
     remedy = (
-        f"outside the head's vocabulary [0, {vocab}); mask positions with ignore_index; for teacher ids, resize the "
-        "student's embeddings to the teacher's vocabulary, or use a teacher of the student's family"
+        f"outside the head's vocabulary [0, {vocab}) (the first index counts the tokens of the flattened batch); mask "
+        "positions with ignore_index; for a teacher's ids, resize the student's embeddings to the teacher's "
+        "vocabulary, or use a teacher of the student's family"
     )
     require((ids >= 0) & (ids < vocab), ids, name, remedy, index)

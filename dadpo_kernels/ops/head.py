@@ -88,7 +88,11 @@ class Head:
         head = self
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, head = hidden.to(dtype), head.map(lambda tensor: tensor.to(dtype))
+
+            def cast(tensor: Tensor) -> Tensor:
+                return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # as autocast does
+
+            hidden, head = cast(hidden), head.map(cast)
         head._check(hidden)
         return hidden, head
 
@@ -104,6 +108,8 @@ class Head:
             if tensor.dtype not in FLOATS:
                 raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
         # Shapes.
+        if 0 in weight.shape:
+            raise ValueError(f"weight {tuple(weight.shape)} is empty; gather a sharded weight (ZeRO-3, FSDP) first")
         if hidden.dim() < 1 or weight.dim() != 2:
             raise ValueError(
                 f"expected hidden [..., H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -113,8 +119,6 @@ class Head:
                 f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last dimension H; "
                 "weight is [V, H], as in nn.Linear"
             )
-        if 0 in weight.shape:
-            raise ValueError(f"weight {tuple(weight.shape)} is empty; gather a sharded weight (ZeRO-3, FSDP) first")
         if weight.shape[0] > 2**31 - 2**16:
             raise ValueError(f"weight has {weight.shape[0]} rows; ids are 32-bit inside the kernels")
         # Dtypes and devices.

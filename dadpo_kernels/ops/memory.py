@@ -66,8 +66,6 @@ def estimate_memory(
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
     tokens = rows if tokens is None else tokens
-    if tokens < rows:
-        raise ValueError(f"tokens={tokens} must be at least rows={rows}, the tokens that are not masked")
     plan = plan_for(
         rows, vocab, width, dtype, backend=backend, memory_budget=memory_budget, grad_tolerance=grad_tolerance,
         tokens=tokens, grad_weight=not frozen_head,

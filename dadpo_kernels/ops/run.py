@@ -105,13 +105,16 @@ def plan_for(
         grad_hidden, grad_weight: which gradients are wanted; a frozen head has `grad_weight=False`.
 
     Raises:
-        ValueError: a backend that is not known or has no plans, or options that `linear_selected_logps` refuses.
+        ValueError: a backend that is not known or has no plans, fewer tokens than rows, or options that
+            `linear_selected_logps` refuses.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    tokens = rows if tokens is None else tokens
+    if tokens < rows:
+        raise ValueError(f"tokens={tokens} must be at least rows={rows}, the tokens that are not masked")
     run = Run(backend, memory_budget, grad_tolerance)
     if grad_tolerance is None or not (grad_hidden or grad_weight):
         return exact_plan(backend, rows, vocab, width, dtype, run.budget_bytes, grad_hidden, grad_weight)
-    tokens = rows if tokens is None else tokens
     buffer_bytes = run.buffer_bytes(tokens, vocab, dtype)
     return make_live_plan(tokens, rows, vocab, width, dtype.itemsize, buffer_bytes, grad_tolerance)

@@ -55,6 +55,9 @@ def linear_topk_logps(
             logps, tail and label are 0 there. None: every token counts and `label` is None.
         ignore_index, backend, head_options: as in `linear_selected_logps`.
 
+    Returns:
+        `TopkLogps(ids [..., k], logps [..., k], tail [...], label [...] or None)`.
+
     Raises:
         TypeError, ValueError: as `linear_selected_logps`; k outside `[0, V]`.
     """

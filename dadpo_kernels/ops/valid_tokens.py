@@ -52,7 +52,6 @@ class ValidTokens:
         head: whose rows may be the rows `first`, `first + 1`, ... of a head with `vocab` rows.
         labels, topk_ids: `[N]` and `[N, K]`, ids of the whole vocabulary.
         buffer_bytes: size of the buffer for what the forward retains.
-        checked: the ids are known to be in range; the forward checks them, the backward need not again.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class ValidTokens:
         *,
         first: int = 0,
         vocab: int | None = None,
-        checked: bool = False,
     ) -> None:
         check_storage(head.weight)
         self.index = (labels != ignore_index).nonzero()[:, 0]
@@ -75,10 +73,10 @@ class ValidTokens:
         vocab = columns if vocab is None else vocab
         labels = labels[self.index]
         topk_ids = None if topk_ids is None else topk_ids[self.index]
-        if not checked:
-            check_range("labels", labels, vocab, self.index)
-            if topk_ids is not None:
-                check_range("topk_ids", topk_ids, vocab, self.index)
+        # In both passes: memory that ids share with NumPy or another process may have changed in between.
+        check_range("labels", labels, vocab, self.index)
+        if topk_ids is not None:
+            check_range("topk_ids", topk_ids, vocab, self.index)
         if vocab != columns:
             labels = local_ids(labels, first, columns)
             topk_ids = None if topk_ids is None else local_ids(topk_ids, first, columns)

@@ -135,12 +135,11 @@ class _Options(NamedTuple):
         bias: Tensor | None,
         labels: Tensor,
         topk_ids: Tensor | None,
-        checked: bool,
     ) -> ValidTokens:
         head = Head(weight, bias, self.logit_scale, self.softcap, self.temperature)
         return ValidTokens(
             hidden, head, labels, topk_ids, self.ignore_index, self.backend, self.buffer_bytes,
-            first=self.first, vocab=self.vocab, checked=checked,
+            first=self.first, vocab=self.vocab,
         )  # fmt: skip
 
 
@@ -157,7 +156,7 @@ class _VocabParallel(torch.autograd.Function):
         options: _Options,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, ...]:
-        valid = options.valid_tokens(hidden, weight, bias, labels, topk_ids, checked=False)
+        valid = options.valid_tokens(hidden, weight, bias, labels, topk_ids)
         buffer = valid.tiles.empty(options.buffer_bytes, dtype=torch.uint8, device=hidden.device)
         outputs = valid.logps(_merged(run_forward(valid.tiles, valid.plan, buffer), group))
         label, topk, tail, state = (spread(values, valid.index, labels) for values in outputs)
@@ -170,7 +169,7 @@ class _VocabParallel(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, topk_ids, *outputs, state, buffer = ctx.saved_tensors
-        valid = ctx.options.valid_tokens(hidden, weight, bias, labels, topk_ids, checked=True)
+        valid = ctx.options.valid_tokens(hidden, weight, bias, labels, topk_ids)
         g = valid.gradients(outputs, grads, state, buffer, ctx.needs_input_grad[:3])
         index = valid.index
         del valid  # its copies of hidden and its workspace make room for the gradient of all tokens

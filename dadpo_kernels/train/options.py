@@ -55,7 +55,7 @@ class LossOptions(TeacherOptions):
     )
     loss_type: LossType = field(default="sigmoid", metadata={"help": "Preference loss."})
     label_smoothing: float = field(
-        default=0.0, metadata={"help": "Assumed share of flipped preferences, for sigmoid and robust."}
+        default=0.0, metadata={"help": "Assumed share of flipped preferences, for sigmoid, sigmoid_norm and robust."}
     )
     sft_weight: float = field(
         default=0.0, metadata={"help": "Weight of the negative log-likelihood of the chosen answers, per token."}

@@ -76,10 +76,11 @@ class DaDPOTrainer(Trainer):
         self.add_callback(_SetPositionOnResume(self))
         # Rejected answers are not even read by a stage that has no use for them.
         self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
+        self.uses_teacher = bool(args.beta_teacher or args.kl_weight)
         self.tokens_seen = 0
         self._metrics: dict[str, Tensor] = {}
         self._metrics_since = 0
-        self._live = LiveMetrics()
+        self._live = LiveMetrics(args.grad_tolerance, self._sum_of_ranks, self.accelerator.device)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -129,7 +130,7 @@ class DaDPOTrainer(Trainer):
                 head,
                 labels,
                 ref_logps=inputs.get("ref_logps"),
-                teacher=TeacherTargets.from_batch(inputs),
+                teacher=TeacherTargets.from_batch(inputs) if self.uses_teacher else None,
                 counts=num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None,
             )
 
@@ -189,9 +190,8 @@ class DaDPOTrainer(Trainer):
                 "without DeepSpeed"
             )
         loader = self.get_eval_dataloader(eval_dataset)
-        model: Any = (
-            self.model_wrapped
-        )  # a parallel wrapper that shards the model gathers it only inside its own forward
+        # A parallel wrapper that shards the model gathers it only inside its own forward.
+        model: Any = self.model_wrapped
         training = model.training
         model.eval()
         counts = torch.stack([pair_counts(batch["labels"]) for batch in self._whole_set(loader)]).sum(0)

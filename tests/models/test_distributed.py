@@ -158,7 +158,7 @@ def test_patched_model_runs_twice_under_fsdp2(sharded_head):
 
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("cpu", None), ("cpu", 1e-2), ("torch", None)])
-def test_weight_that_an_engine_freed_is_an_error(backend, tolerance):
+def test_weight_that_a_wrapper_freed_is_an_error(backend, tolerance):
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
     out = linear_selected_logps(hidden, weight, IDS[0], backend=backend, memory_budget=0, grad_tolerance=tolerance)
     weight.untyped_storage().resize_(0)

@@ -110,3 +110,29 @@ def test_choices_are_logged(caplog):
     assert "backend torch, " in text
     assert "backward, retain, frozen head: 2.00 products of" in text
     assert "k=2500 is above the cpu backend's 2048: torch runs it" in text
+
+
+def test_float64_stays_what_it_is_under_autocast():
+    p, head = problem()
+    hidden, head = p.hidden.double(), head.map(Tensor.double)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_selected_logps(hidden, head, p.labels, p.topk_ids)
+    assert out.label.dtype == torch.float64
+    torch.testing.assert_close(out, linear_selected_logps(hidden, head, p.labels, p.topk_ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_ids_that_change_behind_autograds_back_do_not_reach_a_kernel(backend):
+    """NumPy shares their memory, and autograd's version counter sees nothing."""
+    p, head = problem()
+    hidden, labels = p.hidden.clone().requires_grad_(), p.labels.clone()
+    out = linear_selected_logps(hidden, head, labels, p.topk_ids, backend=backend)
+    labels.numpy()[-1] = 2**31 + 7
+    with pytest.raises(ValueError, match=r"labels\[6\] is 2147483655: outside the head's vocabulary"):
+        out.label.sum().backward()
+
+
+def test_an_empty_weight_is_named_as_sharded():
+    p, _ = problem()
+    with pytest.raises(ValueError, match="gather a sharded weight"):
+        linear_selected_logps(p.hidden, torch.empty(0), p.labels)

@@ -46,7 +46,7 @@ def dense_loss(model, cache, **options):
     batch = PairCollator(0)([data[i] for i in range(len(data))])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     eye = torch.eye(logits.shape[-1])  # logits as hidden states under an identity head
-    teacher = TeacherTargets(*(batch[f"teacher_{n}"] for n in TeacherTargets._fields))
+    teacher = TeacherTargets.from_batch(batch)
     return linear_dadpo_loss(
         logits, eye, batch["labels"], ref_logps=batch["ref_logps"], teacher=teacher, backend="reference",
         **LOSS | options,
@@ -88,6 +88,21 @@ def test_evaluation_is_over_the_whole_set(cache, tmp_path, batch):
     assert got["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-5)
     for name, value in want.metrics.items():
         assert got[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+
+def test_teacher_columns_are_needed_where_an_option_needs_a_teacher(cache, tmp_path):
+    def without_teacher(items):
+        return {name: v for name, v in PairCollator(0)(items).items() if not name.startswith("teacher_")}
+
+    dpo = {"beta_ref": 0.1, "beta_teacher": 0.0, "kl_weight": 0.0}
+    expected = trainer(cache, tmp_path / "a", **dpo).evaluate()["eval_loss"]
+    t = trainer(cache, tmp_path / "b", **dpo)
+    t.data_collator = without_teacher
+    assert t.evaluate()["eval_loss"] == expected
+    t = trainer(cache, tmp_path / "c")
+    t.data_collator = without_teacher
+    with pytest.raises(ValueError, match="the batch does not have teacher_label_logps"):
+        t.evaluate()
 
 
 def test_evaluation_runs_on_the_engine(cache, tmp_path):

@@ -112,8 +112,10 @@ class Tiles(ABC):
 
 @dataclass(frozen=True)
 class State:
-    max: Tensor  # [n]
-    sum: Tensor  # [n] float64
+    """The running softmax of each row over its columns outside the top k, and the logits of its entries."""
+
+    max: Tensor  # [n] the largest logit
+    sum: Tensor  # [n] float64, of exp(z - max)
     selected: Tensor  # [n, M] logits at the entries
 
     @classmethod
@@ -131,13 +133,17 @@ class State:
 
 @dataclass(frozen=True)
 class Grads:
-    hidden: Tensor | None  # [n, H, padded as the backend likes] accumulator
+    """Where a backward puts gradients; None where none is wanted."""
+
+    hidden: Tensor | None  # [n, >= H] accumulator, see `grad_hidden_columns`
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V] in the dtype of `accumulator_dtype`
 
 
 @dataclass(frozen=True)
 class Best:
+    """The k largest logits of each row so far, in buffers with room for more."""
+
     values: Tensor  # [n, capacity]
     ids: Tensor  # [n, capacity] int32
     counts: Tensor  # [n] int32

@@ -17,6 +17,8 @@ from .base import Tiles
 
 
 class Backend(NamedTuple):
+    """What the package knows of a backend."""
+
     tiles: type[Tiles]
     obstacle: Callable[[torch.device, torch.dtype], str | None]  # why it cannot take such tensors, or None
     devices: tuple[str, ...]  # where "auto" considers it

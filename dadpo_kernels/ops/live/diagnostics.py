@@ -30,11 +30,11 @@ _collectors: list[list[LiveDiagnostics]] = []
 
 @contextmanager
 def live_diagnostics() -> Iterator[list[LiveDiagnostics]]:
-    """Collects a `LiveDiagnostics` for every backward of `linear_selected_logps` with a `grad_tolerance` inside.
+    """Collect a `LiveDiagnostics` for every backward of `linear_selected_logps` with a `grad_tolerance` inside.
 
-    with live_diagnostics() as done:
-        loss.backward()
-    print(done[0].certificate, done[0].units)
+        with live_diagnostics() as backwards:
+            loss.backward()
+        print(backwards[0].certificate, backwards[0].units)
 
     Collects from the whole process, not from one thread: autograd may run the backward in another thread.
     """

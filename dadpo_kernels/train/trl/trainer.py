@@ -146,7 +146,8 @@ class TRLDaDPOTrainer(DPOTrainer):
             self.data_collator = PairPreferenceCollator(self.data_collator)
         self.beta = args.beta + args.beta_teacher
         self._step_counts: Tensor | None = None
-        self._live = LiveMetrics()
+        reduce = functools.partial(self.accelerator.reduce, reduction="sum")
+        self._live = LiveMetrics(args.grad_tolerance, reduce, self.accelerator.device)
 
     def _set_signature_columns_if_needed(self) -> None:
         first = self._signature_columns is None
@@ -269,7 +270,7 @@ class TRLDaDPOTrainer(DPOTrainer):
         valid = valid[rows]
         per_token = topk_divergence(
             student.topk[rows], student.tail[rows], teacher.topk_logps[rows], teacher.topk_tail[rows],
-            kind=self.args.divergence, support=self.args.support,  # type: ignore[arg-type]
+            kind=self.args.divergence, support=self.args.support,
             js_mix=self.args.js_mix, kd_temperature=self.args.kd_temperature,
         )  # fmt: skip
         total = per_token.masked_fill(~valid, 0).sum()
