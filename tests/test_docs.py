@@ -14,7 +14,8 @@ from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TRAINERS = "trainers.md"  # its snippets need models and caches: tests/train/test_trl_*.py, tests/models/test_patch.py run what they show
+# Its snippets need models and caches: tests/train/test_trl_*.py and tests/models/test_patch.py run what they show.
+TRAINERS = "trainers.md"
 
 
 def blocks(page: Path) -> list[str]:
