@@ -1,6 +1,7 @@
 """Ends the process group of a command, whether the command succeeds, fails or is interrupted."""
 
 import contextlib
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,12 @@ _SECONDS = 10.0  # to wait for the end of the group after an error
 def ending_process_group() -> Iterator[None]:
     """End the process group of `torch.distributed` that is initialised inside the block, if there is one.
 
-    Without `destroy_process_group`, the threads of the group still run while Python exits, and the process can die
-    with `terminate called without an active exception`: it then reports failure although its work is done. A group
-    that exists before the block belongs to the caller, and stays.
+    A thread of the group that still runs while Python exits can kill the process with `terminate called without an
+    active exception`: gloo's threads release the tensors of a finished operation, for which they need the interpreter
+    (https://github.com/pytorch/pytorch/pull/179291). The process then reports failure although its work is done. The
+    threads end with the group's last reference, not with `destroy_process_group`, and a trainer that is done but not
+    yet collected holds some: so the block is followed by a collection. A group that exists before the block belongs
+    to the caller, and stays.
 
     After an error, destroying the group can block, because it waits for operations in which the other processes may
     never take part. But this process must exit, so that the launcher notices the failure and stops the others. So
@@ -31,6 +35,7 @@ def ending_process_group() -> Iterator[None]:
         raise
     if _is_initialized() and not existed:
         _destroy()
+        gc.collect()
 
 
 def _is_initialized() -> bool:

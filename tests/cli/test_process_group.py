@@ -4,6 +4,7 @@ processes."""
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,26 @@ def test_a_command_ends_its_group(tmp_path, monkeypatch, error, status):
     monkeypatch.setattr(doctor, "run", command_that_joins(tmp_path, error))
     assert main(["doctor"]) == status
     assert not dist.is_initialized()
+
+
+def threads_of_gloo():
+    return [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text() == "pt_gloo_runloop\n"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists the process's threads")
+def test_no_thread_of_the_group_outlives_a_command(tmp_path, monkeypatch):
+    """Not even where a cycle of garbage, like a trainer with its callbacks, holds the group."""
+
+    def run(args):
+        join_alone(tmp_path)
+        trainer = {"group": dist.group.WORLD}
+        trainer["callback"] = trainer
+        assert threads_of_gloo()
+        return 0
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 0
+    assert threads_of_gloo() == []
 
 
 def test_an_error_that_main_does_not_handle(tmp_path, monkeypatch):
