@@ -126,11 +126,11 @@ def inspect_extension(chip: Chip, module: Path, threads: int) -> list[Compiled]:
     code = {text.split(maxsplit=1)[0]: text for text in functions}
     rows = []
     for mangled, usage in resource_usage(module, "-arch", arch).items():
-        name, dtype = readable(mangled)
+        name, dtype, chunks = readable(mangled)
         blocks = chip.blocks(usage["REG"], usage["SHARED"], threads // 32)
         rows.append(
             Compiled(
-                chip.capability, name, dtype, "all", f"{threads} threads",
+                chip.capability, name, dtype, "all", f"{threads} threads x {chunks}",
                 registers=usage["REG"],
                 stack=usage["STACK"] + usage["LOCAL"],
                 spills=local_accesses(instructions_of(code[mangled])),
@@ -146,13 +146,13 @@ def inspect_extension(chip: Chip, module: Path, threads: int) -> list[Compiled]:
     return rows
 
 
-def readable(mangled: str) -> tuple[str, str]:
-    """`(kernel, dtype)` of a mangled name, whose template argument, if any, is the dtype."""
-    match = re.search(r"\d([a-z_]+)_kernel(I\d*(f|__half|__nv_bfloat16)E)?", mangled)
+def readable(mangled: str) -> tuple[str, str, int]:
+    """`(kernel, dtype, chunks)` of a mangled name, whose template arguments, if any, are the last two."""
+    match = re.search(r"\d([a-z_]+)_kernel(?:I(?:\d*(f|__half|__nv_bfloat16))?(?:Li(\d)E)?E)?", mangled)
     if not match:
         raise ValueError(f"{mangled} is no kernel of this package")
     types = {"f": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", None: "float32"}
-    return f"cuda.{match[1]}", types[match[3]]
+    return f"cuda.{match[1]}", types[match[2]], int(match[3] or 1)
 
 
 def resource_usage(binary: Path, *options: str) -> dict[str, dict[str, int]]:

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, RetainedTile, State, Tiles
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, Retained, State
+from dadpo_kernels.ops.backends.gpu_base import RowTiles
 from dadpo_kernels.ops.head import Head
 
 
@@ -51,7 +52,7 @@ def compiling(capability: int) -> Iterator[dict]:
 
 
 def problem(
-    kind: type[Tiles],
+    kind: type[RowTiles],
     dtype: torch.dtype,
     *,
     rows: int,
@@ -61,7 +62,7 @@ def problem(
     bias: bool = False,
     softcap: bool = False,
     device: str = "cpu",
-) -> Tiles:
+) -> RowTiles:
     """One tile: `hidden [rows, width]`, `weight [columns, width]`, and `top_k` ids with the label among them."""
     weight = torch.zeros(columns, width, dtype=dtype, device=device)
     head = Head(weight, weight[:, 0].contiguous() if bias else None, 1.0, 30.0 if softcap else None, 1.0)
@@ -71,14 +72,13 @@ def problem(
     return kind(hidden, head, Entries.merge(labels, ids if top_k else None))
 
 
-def passes(tiles: Tiles, top_k: int) -> None:
-    """Every pass of a backend over one tile: statistics, retained or not, both gradients, and the best `top_k`."""
+def passes(tiles: RowTiles, top_k: int) -> None:
+    """Every pass of a backend over one tile: forward, retaining or not, both gradients, and the best `top_k`."""
     rows, entries = tiles.entries.ids.shape
     columns = len(tiles.head.weight)
-    padded, groups = tiles.retained_shape(rows, columns)
     hidden, state = tiles.hidden, State.new(rows, entries, tiles.hidden)
     wide = {"dtype": torch.float32}
-    retained = RetainedTile(hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, **wide))
+    retained = Retained(tiles.padded(columns, hidden.dtype), hidden.new_zeros(rows, **wide))
     coefficients = Coefficients(state.max, state.max, state.selected)
     grads = Grads(
         hidden.new_zeros(hidden.shape, **wide), torch.zeros_like(tiles.head.weight), hidden.new_zeros(columns, **wide)

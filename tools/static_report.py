@@ -33,7 +33,8 @@ import triton
 
 from benchmarks.rows import markdown
 from dadpo_kernels.ops.backends import cuda, triton_, tuning
-from dadpo_kernels.ops.backends.base import Coefficients, RetainedTile, State, Tiles
+from dadpo_kernels.ops.backends.base import Coefficients, Retained, State
+from dadpo_kernels.ops.backends.gpu_base import RowTiles
 from tools import offline
 from tools.machine_code import CHIPS, Chip, Compiled, architectures, inspect_extension, inspect_triton
 
@@ -45,14 +46,14 @@ SOURCES = {
 COMMITTED = ROOT / "tools/static.json"
 COMPILERS = ("3.6.0", "3.9.0")  # Tritons: PyTorch 2.11's, and the newest
 CUDA = "CUDA C++"
-FUSED = ("forward.statistics", "backward.logit_gradient")
+FUSED = ("fused.forward", "fused.repair", "fused.logit_gradient")
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
 VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, ragged width": (True, 72)}
 TILES = (4096, 8192)  # columns: of thousands of tokens, and of fewer
 
 
-def problem(kind: type[Tiles], dtype: torch.dtype, columns: int, variant: str) -> Tiles:
+def problem(kind: type[RowTiles], dtype: torch.dtype, columns: int, variant: str) -> RowTiles:
     options, width = VARIANTS[variant]
     return offline.problem(
         kind, dtype, rows=ROWS, columns=columns, width=width, top_k=TOP_K, bias=options, softcap=options
@@ -72,18 +73,24 @@ def compile_rows(chip: Chip, dtype: torch.dtype, columns: int, variant: str) -> 
 def compile_fused(
     chip: Chip, dtype: torch.dtype, variant: str, kernel: str, config: tuning.Config
 ) -> Iterator[Compiled]:
-    """A fused kernel of `tuning` in one configuration; that which retains also as the repair it makes."""
+    """A fused kernel of `tuning` in one configuration; with that which retains, its repair."""
     # float32 is computed in pieces, which not every chip's newest unit takes.
     instructions = (chip.matrix_instruction,) if dtype != torch.float32 else ()
     instructions += ("cp.async.bulk.tensor",) if config.TMA else ()
     with offline.compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", return_value=config):
         one_pass(problem(triton_.FusedTiles, dtype, 512, variant), kernel)
-    fused = [(name, code) for name, code in compiled.values() if name in FUSED]
-    for (name, code), role in zip(fused, ("", ", repair"), strict=False):
-        yield inspect_triton(
-            chip, code, instructions, name=f"{name}: {kernel}{role}", dtype=label(dtype), variant=variant,
-            config=str(config),
-        )  # fmt: skip
+    for name, code in compiled.values():
+        # Before it retains, the kernel probes: that is the one which does not.
+        if name in FUSED and (kernel != "retain" or retains(name, code)):
+            yield inspect_triton(
+                chip, code, instructions, name=f"{name}: {kernel}", dtype=label(dtype), variant=variant,
+                config=str(config),
+            )  # fmt: skip
+
+
+def retains(name: str, code: Any) -> bool:
+    """Whether it writes exponentials."""
+    return name != "fused.forward" or code.src.signature["exps"] != "constexpr"
 
 
 def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[tuning.Config]:
@@ -91,16 +98,15 @@ def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[tu
     return tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
 
 
-def one_pass(tiles: Tiles, name: str) -> None:
+def one_pass(tiles: RowTiles, name: str) -> None:
     columns, entries = len(tiles.head.weight), tiles.entries.ids.shape[1]
     state = State.new(ROWS, entries, tiles.hidden)
     if name == "gradient":
         assert isinstance(tiles, triton_.FusedTiles)
         tiles.logit_gradient(0, columns, Coefficients(state.max, state.max, state.selected))
         return
-    padded, groups = tiles.retained_shape(ROWS, columns)
-    exps, bases = tiles.hidden.new_zeros(ROWS, padded), tiles.hidden.new_zeros(ROWS, groups, dtype=torch.float32)
-    tiles.forward(0, columns, state, RetainedTile(exps, bases) if name == "retain" else None)
+    retained = Retained(tiles.padded(columns, tiles.hidden.dtype), tiles.hidden.new_zeros(ROWS, dtype=torch.float32))
+    tiles.forward(0, columns, state, retained if name == "retain" else None)
 
 
 def label(dtype: torch.dtype) -> str:
@@ -250,8 +256,8 @@ def report(results: dict) -> str:
 
 def occupancy(results: dict) -> str:
     """For docs/triton.md: Hopper's bfloat16 blocks without options, a cell "registers, blocks" for each Triton."""
-    kernels = {f"forward.statistics: {k}": k for k in ("statistics", "retain")}
-    kernels["backward.logit_gradient: gradient"] = "gradient"
+    kernels = {f"fused.forward: {k}": k for k in ("forward", "retain")}
+    kernels["fused.logit_gradient: gradient"] = "gradient"
     cells: dict[str, dict[str, list[str]]] = {}
     for row in (row for name, part in results.items() if name != CUDA for row in compiled_rows(part)):
         if (row.chip, row.dtype, row.variant) == (90, "bfloat16", "plain") and row.kernel in kernels:

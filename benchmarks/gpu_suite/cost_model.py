@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from dadpo_kernels.ops.backends.cuda import CudaTiles
-from dadpo_kernels.ops.backends.gpu_base import STRIP, RowTiles
-from dadpo_kernels.ops.backends.triton_ import FusedTiles, TritonTiles
+from dadpo_kernels.ops.backends.gpu_base import RowTiles
+from dadpo_kernels.ops.backends.triton_ import PROBE, SPAN, FusedTiles, TritonTiles
 
 MISS = 0.2  # a prediction further away than this share of the measurement is to be understood
 MULTIPROCESSORS = 132
@@ -46,10 +46,10 @@ class Fused(NamedTuple):
     blocks: dict[str, int]  # on a multiprocessor at a time
 
 
-SQUARE = Fused(128, 128, 0.93, {"statistics": 6500, "retain": 6500, "gradient": 5000},
-               {"statistics": 1, "retain": 1, "gradient": 2})  # fmt: skip
-TALL = Fused(256, 128, 0.88, {"statistics": 8600, "retain": 8600, "gradient": 8600},
-             {"statistics": 1, "retain": 1, "gradient": 1})  # fmt: skip
+SQUARE = Fused(128, 128, 0.93, {"forward": 6500, "retain": 6500, "gradient": 5000},
+               {"forward": 1, "retain": 1, "gradient": 2})  # fmt: skip
+TALL = Fused(256, 128, 0.88, {"forward": 8600, "retain": 8600, "gradient": 8600},
+             {"forward": 1, "retain": 1, "gradient": 1})  # fmt: skip
 
 
 def gpu_named(device: str) -> GPU | None:
@@ -89,30 +89,28 @@ def three_products(gpu: GPU, tokens: int, width: int, vocab: int) -> float:
 
 def row_pass(gpu: GPU, tiles: type[RowTiles], rows: int, columns: int, gradient: bool, moved: int) -> float:
     """Seconds of one pass over a tile in memory, `moved` bytes an element."""
-    if tiles is CudaTiles:  # 16 warps a row, whatever its length
-        issued = math.ceil(rows / MULTIPROCESSORS) * 16 * (780 if gradient else 860) / 4
+    if tiles is CudaTiles:  # 16 warps a row, each with 1, 2 or 4 chunks of 8 columns a thread
+        chunks = min(4, 1 << (math.ceil(columns / 4096) - 1).bit_length())
+        issued = math.ceil(rows / MULTIPROCESSORS) * 16 * (60 + (180 if gradient else 200) * chunks) / 4
     else:  # 26 instructions an element, on a row padded to a power of two, 128 lanes a cycle
         issued = rows / MULTIPROCESSORS * (1 << (columns - 1).bit_length()) * 26 / 128
     return max(issued / ISSUE / gpu.clock, rows * columns * moved / (SHARE_OF_COPY * gpu.copy)) + 3e-6
 
 
-def weight_gradient(gpu: GPU, tokens: int, width: int, columns: int) -> float:
-    """A tile's rows of the weight's gradient: float32 strips that stay in L2, each rounded by a copy out of it."""
-    height = max(256, STRIP // (4 * width) // 256 * 256)
-    strips = [min(height, columns - first) for first in range(0, columns, height)]
-    return sum(product(gpu, n, width, tokens, 1.2) + n * width * 6 / 6e12 + KERNEL for n in strips)
+def gradients(gpu: GPU, tokens: int, width: int, columns: int, retained: bool) -> float:
+    """The gradients of hidden and weight from a tile's gradient of the logits, or from all that is retained.
 
-
-def hidden_gradient(gpu: GPU, tokens: int, width: int, columns: int, retained: bool) -> float:
-    """A tile's share of hidden's gradient; retained tiles scale the product and hidden: 24 bytes an element."""
+    That scales the product and hidden by a factor per row: 12 bytes an element.
+    """
+    weight = product(gpu, columns, width, tokens, 2)
     if not retained:
-        return product(gpu, tokens, width, columns, 4, accumulate=True)
-    scaled = tokens * width * 24 / (SHARE_OF_COPY * gpu.copy)
-    return product(gpu, tokens, width, columns, 4) + scaled + 21e-6
+        return weight + product(gpu, tokens, width, columns, 4, accumulate=True)
+    scaled = tokens * width * 12 / (SHARE_OF_COPY * gpu.copy)
+    return weight + product(gpu, tokens, width, columns, 4) + scaled
 
 
 def fused_pass(gpu: GPU, tile: Fused, tokens: int, width: int, vocab: int, kernel: str) -> float:
-    """Seconds of a fused kernel ("statistics", "retain" or "gradient") over the whole vocabulary."""
+    """Seconds of a fused kernel ("forward", "retain" or "gradient") over the whole vocabulary."""
     fed = gpu.l2 * tile.rows * tile.columns / (tile.rows + tile.columns)  # flops, at 2 bytes an operand
     rate = min(gpu.flops * tile.rate, fed) / MULTIPROCESSORS
     loop = 2 * tile.rows * tile.columns * width / rate + 1200 / gpu.clock
@@ -139,9 +137,10 @@ def step(
         def fused(kernel: str) -> float:
             return min(fused_pass(gpu, tile, tokens, width, vocab, kernel) for tile in tiles)
 
-        products = fused("retain") if retain else fused("statistics") + fused("gradient")
-        # Twice the entries' ranges by five small kernels a tile; the repair's blocks, which find nothing to do.
-        products += vocab / columns * (2 * 5 * KERNEL + (30e-6 if retain else 0))
+        products = fused("retain") if retain else fused("forward") + fused("gradient")
+        # The entries' ranges and the merge of a span; a tile's ranges; the columns that are computed twice.
+        products += math.ceil(vocab / SPAN) * 2 * KERNEL
+        products += fused("forward") * PROBE / vocab + 6 * KERNEL if retain else math.ceil(vocab / columns) * KERNEL
     else:
         kind = {"cuda": CudaTiles, "triton_rows": TritonTiles}[backend]
         columns = min(16384 if kind is CudaTiles else 8192, RowTiles.tile_columns(tokens, width, bfloat16))
@@ -152,5 +151,6 @@ def step(
             a_tile = 2 * tile + row_pass(gpu, kind, tokens, columns, False, 4)
             a_tile += row_pass(gpu, kind, tokens, columns, True, 6)
         products = vocab / columns * a_tile
-    gradients = weight_gradient(gpu, tokens, width, columns) + hidden_gradient(gpu, tokens, width, columns, retain)
-    return products + vocab / columns * gradients + GLUE[bool(top_k)]
+    if retain:
+        return products + gradients(gpu, tokens, width, vocab, True) + GLUE[bool(top_k)]
+    return products + vocab / columns * gradients(gpu, tokens, width, columns, False) + GLUE[bool(top_k)]

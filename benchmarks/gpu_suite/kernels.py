@@ -14,8 +14,8 @@ from benchmarks.gpu_suite.settings import REPEATS, SHAPES, TOKENS, TOP_K, Batch,
 from benchmarks.gpu_suite.task import Task
 from benchmarks.gpu_suite.timing import Unavailable, copy_bandwidth, seconds
 from dadpo_kernels.ops.backends import triton_, tuning
-from dadpo_kernels.ops.backends.base import Coefficients, Entries, RetainedTile, State
-from dadpo_kernels.ops.backends.gpu_base import accumulate, rounded_mm
+from dadpo_kernels.ops.backends.base import Coefficients, Entries, Retained, State
+from dadpo_kernels.ops.backends.gpu_base import multiply
 from dadpo_kernels.ops.backends.registry import BACKENDS
 from dadpo_kernels.ops.backends.torch_ import wide_mm
 from dadpo_kernels.ops.head import Head
@@ -77,7 +77,7 @@ def one_product(s: Settings, operands: Callable, product: str, out: str) -> dict
     if out == "as in a step":
         add = product == "grad_hidden"
         total = torch.zeros(len(a), b.shape[1], dtype=torch.float32 if add else a.dtype, device=s.device)
-        run = partial(accumulate, total, a, b) if add else partial(rounded_mm, a, b, total)
+        run = partial(multiply, a, b, total, add=add)
     else:
         run = partial(wide_mm if out == "float32" else torch.mm, a, b)
     time = seconds(s.device, run, s.repeats)
@@ -156,20 +156,17 @@ def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Ten
     """By its name in `tuning`: a pass over the first tile, as it is called, and what it computes."""
     rows, entries = tiles.entries.ids.shape
     columns = first_tile(tiles)
-    padded, groups = tiles.retained_shape(rows, columns)
-    retained = RetainedTile(
-        tiles.hidden.new_zeros(rows, padded), tiles.hidden.new_zeros(rows, groups, dtype=torch.float32)
-    )
     ones = torch.ones(rows, device=tiles.hidden.device)
+    retained = Retained(tiles.padded(columns, tiles.hidden.dtype), torch.zeros_like(ones))
     coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))
 
-    def statistics(store: RetainedTile | None) -> tuple[Tensor, ...]:
+    def forward(store: Retained | None) -> tuple[Tensor, ...]:
         state = State.new(rows, entries, tiles.hidden)
         tiles.forward(0, columns, state, store)
         return state.max, state.sum, state.selected
 
     return {
-        "statistics": lambda: statistics(None),
-        "retain": lambda: (*statistics(retained), retained.exps[:, :columns].float(), retained.bases[:, 0].clone()),
+        "forward": lambda: forward(None),
+        "retain": lambda: (*forward(retained), retained.exps.float(), retained.bases.clone()),
         "gradient": lambda: (tiles.logit_gradient(0, columns, coefficients).float(),),
     }[kernel]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_suite.timing import seconds
-from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, RetainedTile, State
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Retained, State
 from dadpo_kernels.ops.backends.gpu_base import RowTiles
 from dadpo_kernels.ops.backends.registry import BACKENDS
 from dadpo_kernels.ops.head import Head
 
 CALLS = 10  # in a graph
-PASSES = ("statistics", "statistics, retaining", "logit_gradient", "column_sums", "topk")
+PASSES = ("forward", "forward, retaining", "logit_gradient", "column_sums", "topk")
 Pass = Callable[[], tuple[Tensor, ...]]  # gives what it computes
 
 
@@ -48,29 +48,27 @@ def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[]
     hidden, (rows, entries) = tiles.hidden, tiles.entries.ids.shape
     ones = torch.ones(rows, device=hidden.device)
     coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))
-    padded, groups = tiles.retained_shape(rows, columns)
     wide, narrow = 4 * rows * columns, hidden.element_size() * rows * columns
 
-    def statistics(retain: bool = False) -> Pass:
+    def forward(retain: bool = False) -> Pass:
         state, retained = State.new(rows, entries, hidden), None
         if retain:
-            retained = RetainedTile(
-                hidden.new_zeros(rows, padded), hidden.new_zeros(rows, groups, dtype=torch.float32)
-            )
+            retained = Retained(tiles.padded(columns, hidden.dtype).zero_(), torch.zeros_like(ones))
 
         def run() -> tuple[Tensor, ...]:
             tiles.forward(0, columns, state, retained)
-            return state.max, state.sum, state.selected, *([retained.exps[:, :columns]] if retained else [])
+            return state.max, state.sum, state.selected, *([retained.exps, retained.bases] if retained else [])
 
         return run
 
     def column_sums() -> Pass:
         generator = torch.Generator(hidden.device).manual_seed(0)
-        matrix = torch.randn(rows, padded, generator=generator, device=hidden.device).to(hidden.dtype)
+        matrix = tiles.padded(columns, hidden.dtype)
+        matrix.copy_(torch.randn(rows, columns, generator=generator, device=hidden.device))
         out = hidden.new_zeros(columns, dtype=torch.float32)
 
         def run() -> tuple[Tensor, ...]:
-            tiles.column_sums(matrix[:, :columns], ones, out)
+            tiles.column_sums(matrix, ones, out)
             return (out,)
 
         return run
@@ -88,8 +86,8 @@ def passes(tiles: RowTiles, columns: int, k: int) -> dict[str, tuple[Callable[[]
         return run
 
     made = (
-        (statistics, wide),
-        (lambda: statistics(retain=True), wide + narrow),
+        (forward, wide),
+        (lambda: forward(retain=True), wide + narrow),
         (lambda: lambda: (tiles.logit_gradient(0, columns, coefficients),), wide + narrow),
         (column_sums, narrow),
         (topk, wide),

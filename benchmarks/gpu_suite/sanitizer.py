@@ -26,10 +26,10 @@ ROOT = Path(__file__).parents[2]
 TOOLS = {"memcheck": True, "racecheck": True, "initcheck": False}  # whether it looks at our kernels alone
 PORT = 49152  # the first that it may take
 FOUND = 77  # the exit status when the tool found something and the process nothing
-# Several blocks share a row or one has it; a width that nothing divides, and one that takes the larger blocks.
+# A width that nothing divides, and one that takes the larger blocks.
 CASES = (("softcap", torch.bfloat16, 203), ("ragged", torch.float32, 5))
 TRITON_KERNELS = (
-    "absorb", "column_sums", "enter_values", "logit_gradient", "restore", "select", "statistics",
+    "column_sums", "exchange", "forward", "logit_gradient", "merge", "repair", "select", "starts",
 )  # fmt: skip
 LANES = tuple(f"{backend} {tool}" for backend in GPU_BACKENDS for tool in TOOLS)
 

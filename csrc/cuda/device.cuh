@@ -1,13 +1,14 @@
-// Shared device code: mapping a thread block to a segment of a row, logits, entries, block reductions, kernel launches.
+// Shared device code: mapping a thread block to a row, logits, entries, block reductions, kernel launches.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cfloat>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../common/online_softmax.h"
 #include "passes.h"
@@ -22,9 +23,11 @@ namespace {
 
 constexpr int kThreads = DADPO_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kVector = 8;  // adjacent columns per thread: one 16-byte access of a 2-byte type, two of float
-constexpr int kChunks = 4;  // such vectors per thread, all loaded before the first is used to hide latency
-constexpr int kItems = kChunks * kVector;  // columns per thread
-constexpr int kCapacity = kThreads * kItems;  // columns per block
+constexpr int kStep = kThreads * kVector;  // columns per block and chunk; a thread loads all its chunks before it uses one
+constexpr int kMaxChunks = 4;
+// Blocks on a multiprocessor that the compiler leaves registers for: left alone, it spills some to fit one more.
+template <int kChunks>
+constexpr int kResident = kChunks < kMaxChunks ? 2 : 1;
 constexpr unsigned kAll = 0xffffffffu;  // full warp mask
 
 // Launches `kernel` with kThreads threads per block. An empty grid is skipped: CUDA rejects it.
@@ -48,12 +51,18 @@ void launch(const Queue& queue, const char* name, void (*kernel)(Args), dim3 gri
 // Blocks needed for `count` items, `each` per block.
 inline unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
-// An unaligned row may need up to 3 lead columns: see Window.
-inline void check(const Tile& t) {
+// Calls `visit` with the number of chunks that the tile's rows take, as a constant. Rows that are not aligned start up
+// to 3 columns late in the first one: see Window.
+template <typename Visit>
+void for_chunks(const Tile& t, Visit visit) {
     const bool aligned = t.stride % 4 == 0 && reinterpret_cast<uintptr_t>(t.products) % 16 == 0;
-    if (t.segments < 1 || static_cast<int64_t>(t.columns) + (aligned ? 0 : 3) > int64_t{kCapacity} * t.segments)
-        throw std::runtime_error("a row of " + std::to_string(t.columns) + " columns does not fit into " +
-                                 std::to_string(t.segments) + " segments of " + std::to_string(kCapacity));
+    const int64_t chunks = (int64_t{t.columns} + (aligned ? 0 : 3) + kStep - 1) / kStep;
+    if (chunks > kMaxChunks)
+        throw std::runtime_error("a row of " + std::to_string(t.columns) + " columns does not fit into a block of " +
+                                 std::to_string(kStep * kMaxChunks));
+    if (chunks <= 1) return visit(std::integral_constant<int, 1>{});
+    if (chunks == 2) return visit(std::integral_constant<int, 2>{});
+    return visit(std::integral_constant<int, kMaxChunks>{});
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -73,41 +82,41 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float x) {
     return __float2half_rn(x);
 }
-// The scale of retained exponentials: float16 needs it for range, see Retained.
-template <typename T>
-constexpr float kRetainedScale = 1.0f;
-template <>
-constexpr float kRetainedScale<__half> = 32768.0f;
-
 // 16 bytes, read or written by one vector instruction.
 template <typename T>
 struct alignas(16) Pack {
     static constexpr int size = 16 / sizeof(T);
     T item[size];
 };
+// In PTX, because the compiler merges a plain store with the narrow ones of another branch, and takes it apart.
+template <typename T>
+__device__ __forceinline__ void store_vector(T* at, const Pack<T>& pack) {
+#ifdef __CUDA_ARCH__
+    uint4 x;
+    memcpy(&x, &pack, sizeof x);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
+                 : "memory");
+#else
+    *reinterpret_cast<Pack<T>*>(at) = pack;
+#endif
+}
 __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// The columns [begin, end) of a row that a block handles. Vectors start at `origin`. If the row is not aligned to 16
-// bytes, `origin` lies before it (by up to 3 floats, or 7 elements of 2 bytes), so that all vectors but the first and
-// last are whole and aligned.
+// The columns of a row, cut into vectors. If the row is not aligned to 16 bytes, the first starts before it (by up to 3
+// floats, or 7 elements of 2 bytes), so that all but the first and the last are whole and aligned.
 struct Window {
-    int begin, end, origin;
+    int columns, lead;
 
     template <typename T>
-    __device__ __forceinline__ Window(const T* row, int columns, int segment, int segments) {
-        const int lead = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % Pack<T>::size);
-        const int vectors = (columns + lead + kVector - 1) / kVector;
-        const int length = (vectors + segments - 1) / segments * kVector;
-        origin = segment * length - lead;
-        begin = origin > 0 ? origin : 0;
-        end = origin + length < columns ? origin + length : columns;
-    }
+    __device__ __forceinline__ Window(const T* row, int columns)
+        : columns(columns), lead(static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % Pack<T>::size)) {}
     // First column of this thread's vector in `chunk`: consecutive threads read consecutive vectors.
     __device__ __forceinline__ int at(int chunk) const {
-        return origin + (chunk * kThreads + static_cast<int>(threadIdx.x)) * kVector;
+        return (chunk * kThreads + static_cast<int>(threadIdx.x)) * kVector - lead;
     }
-    __device__ __forceinline__ bool full(int at) const { return begin <= at && at + kVector <= end; }
-    __device__ __forceinline__ bool holds(int column) const { return begin <= column && column < end; }
+    __device__ __forceinline__ bool full(int at) const { return 0 <= at && at + kVector <= columns; }
+    __device__ __forceinline__ bool holds(int column) const { return 0 <= column && column < columns; }
 };
 
 // out [kVector] = row [at, at + kVector) as float; 0 outside the window.
@@ -135,7 +144,7 @@ __device__ __forceinline__ void store(T* row, const Window& w, int at, const flo
             Pack<T> pack;
 #pragma unroll
             for (int i = 0; i < Pack<T>::size; i++) pack.item[i] = from_float<T>(in[p + i]);
-            *reinterpret_cast<Pack<T>*>(row + at + p) = pack;
+            store_vector(row + at + p, pack);
         }
     } else {
 #pragma unroll
@@ -162,8 +171,10 @@ struct Transform {
     }
 };
 
-// z = this thread's logits of the window, -inf outside it. `row` is the row's products.
-__device__ __forceinline__ void load_logits(const Tile& t, const float* row, const Window& w, float (&z)[kItems]) {
+// z = this thread's logits of the row, -inf past its ends. `row` is the row's products.
+template <int kChunks>
+__device__ __forceinline__ void load_logits(const Tile& t, const float* row, const Window& w,
+                                            float (&z)[kChunks * kVector]) {
 #pragma unroll
     for (int c = 0; c < kChunks; c++) load(row, w, w.at(c), z + c * kVector);
     if (t.bias) {
@@ -177,7 +188,7 @@ __device__ __forceinline__ void load_logits(const Tile& t, const float* row, con
     }
     const Transform transform(t);
 #pragma unroll
-    for (int i = 0; i < kItems; i++) z[i] = transform.logit(z[i]);
+    for (int i = 0; i < kChunks * kVector; i++) z[i] = transform.logit(z[i]);
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
         if (w.full(w.at(c))) continue;
@@ -218,17 +229,6 @@ __device__ __forceinline__ void store_selected(const Tile& t, const float* row, 
 // True for the first of equal ids, so that no two threads write the same column.
 __device__ __forceinline__ bool distinct(const int32_t* ids, int e) { return e == 0 || ids[e - 1] != ids[e]; }
 
-// row [ids - first] = values [count] (null: 0) at the entries in this block's window. The barrier orders this after the
-// stores that other threads of the block made to the same columns.
-template <typename T>
-__device__ __forceinline__ void overwrite(T* row, const Window& w, const int32_t* ids, int count, int first,
-                                          const float* values) {
-    __syncthreads();
-    const Hits hits(ids, count, first + w.begin, first + w.end);
-    for (int e = hits.begin + static_cast<int>(threadIdx.x); e < hits.end; e += kThreads)
-        if (distinct(ids, e)) row[ids[e] - first] = from_float<T>(values ? values[e] : 0.0f);
-}
-
 struct Max {
     static constexpr float identity = -INFINITY;
     __device__ __forceinline__ static float of(float a, float b) { return fmaxf(a, b); }
@@ -254,6 +254,14 @@ __device__ __forceinline__ float block_reduce(float x, float* scratch) {
     if (lane == 0) scratch[warp] = x;
     __syncthreads();
     return warp_reduce<Op>(lane < kWarps ? scratch[lane] : Op::identity);
+}
+
+// Adds a tile's softmax state to the row's running one; one thread of the row's block does it.
+__device__ __forceinline__ void absorb(const State& state, int64_t row, float max, float sum) {
+    OnlineSoftmax<double> running{state.max[row], state.sum[row]};
+    running.merge(max, sum);
+    state.max[row] = running.max;
+    state.sum[row] = running.sum;
 }
 
 // Calls `visit` with a value of the element type, for template dispatch.

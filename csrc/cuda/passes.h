@@ -10,7 +10,7 @@
 namespace dadpo {
 namespace cuda {
 
-enum class Type { f32, bf16, f16 };  // dtype of retained exponentials and of the gradient of the logits
+enum class Type { f32, bf16, f16 };
 
 struct Queue {
     int device;
@@ -30,69 +30,48 @@ struct Tile {
     const float* bias;  // [columns] or null
     float scale, softcap, inv_temperature;  // softcap 0: no softcap
     Entries entries;
-    int32_t segments;  // thread blocks per row
 };
 
-// The softmax state of each segment of each row. The pass that writes it says which columns it covers.
-struct Partials {
-    float* max;  // [segments, rows]
-    float* sum;  // [segments, rows], of exponentials relative to the segment's maximum
+// The running softmax state of each row. The pass that updates it says which columns it covers.
+struct State {
+    float* max;  // [rows] the largest logit
+    double* sum;  // [rows] of exponentials relative to it
 };
 
-// exp(z - base) times the softcap's derivative. In float16 also times 2^15, or values 17 nats below the base would
-// underflow.
-struct Retained {
-    void* exps;  // [rows, columns] of `type`
+struct Matrix {
+    void* data;  // [rows, columns] of `type`
     int64_t stride;
     Type type;
 };
 
-struct Statistics {
+struct Forward {
     Tile tile;
     const uint8_t* in_topk;  // [rows, entries], bool: the id is a top-k id
     float* selected;  // [rows, entries] written: logits of the ids that lie in this tile
-    Partials partials;  // written: the columns outside the top-k ids
-    Retained retained;  // written unless `exps` is null, with the row's maximum as base; requires segments == 1
-};
-
-struct Absorb {
-    Partials partials;  // read
-    int64_t rows;
-    int32_t segments;
-    float* max;  // [rows] updated: the running state
-    double* sum;  // [rows] updated
-    float* bases;  // [rows] written: the tile's maximum; or null
-    int64_t bases_stride;
+    State state;  // updated by the columns outside the top-k ids
+    Matrix exps;  // [rows, >= first + columns] written from column `first` on: exp(z - base) times the softcap's slope
+    float* bases;  // [rows] updated: the largest logit of the first tile that has any, unless a later one ...
+    float reach;  // ... rises above it by more than this: then that one, and the row's exponentials so far follow
 };
 
 struct LogitGradient {
     Tile tile;
-    const float* c;  // [rows]: dz_j = c exp(z_j - base) outside the entries; null: write retained exponentials instead
+    const float* c;  // [rows]: dz_j = c exp(z_j - base) times the softcap's slope outside the entries
     const float* base;  // [rows]
-    int64_t base_stride;
-    const float* values;  // [rows, entries] dz at the entries, equal for duplicates; null: 0
-    Retained out;  // [rows, columns] written
+    const float* values;  // [rows, entries] dz at the entries, equal for duplicates
+    Matrix dz;  // [rows, columns] written
 };
 
-// Retained exponentials and what turns them into the gradient of the logits.
-struct RetainedGradient {
-    Retained retained;
+struct Exchange {
+    Matrix matrix;  // [rows, columns] edited in place
     int64_t rows;
-    int32_t first, columns;
+    int32_t columns;
     Entries entries;
-    const float* c;  // [rows], as in LogitGradient
-    const float* base;  // [rows]
-    const float* values;  // [rows, entries]
-    const float* bases;  // [rows] that the exponentials are relative to
-    int64_t bases_stride;
-    void* dz;  // [rows, columns] of the exponentials' type, written by `scale_retained`
-    int64_t dz_stride;
-    float* factors;  // [rows] written by `enter_values`: dz = factors * exps
-    void* saved;  // [rows, entries] of the exponentials' type, written by `enter_values`: the exponentials it replaced
+    void* values;  // [rows, entries] of the matrix's type, edited in place
 };
 
 struct ColumnSums {
-    Retained matrix;  // [rows, columns]
+    Matrix matrix;  // [rows, columns]
     int64_t rows;
     int32_t columns;
     const float* factors;  // [rows]; null: all 1
@@ -100,24 +79,21 @@ struct ColumnSums {
 };
 
 struct TopK {
-    Tile tile;  // requires segments == 1
+    Tile tile;
     float* selected;  // [rows, entries] written: logits of the ids that lie in this tile
     float* values;  // [rows, capacity] updated: the largest logits so far, in ascending order of ids
     int32_t* ids;  // [rows, capacity] updated
     int64_t capacity;  // row stride of `values` and `ids`
     int32_t have, keep;  // number of kept logits before and after this tile
-    Partials partials;  // [1, rows] written: all logits that are not kept
+    State state;  // updated by all logits that are not kept
 };
 
-int columns_per_segment();  // at most, in the registers of one thread block
+int max_columns();  // of a tile: a row lies in the registers of one thread block
 int max_k();  // largest k that `topk` supports
 
-void statistics(const Queue&, const Statistics&);
-void absorb(const Queue&, const Absorb&);
+void forward(const Queue&, const Forward&);
 void logit_gradient(const Queue&, const LogitGradient&);
-void scale_retained(const Queue&, const RetainedGradient&);  // dz = c exp(bases - base) exps, `values` at the entries
-void enter_values(const Queue&, const RetainedGradient&);  // edits exps so that factors * exps is dz
-void restore(const Queue&, const RetainedGradient&);  // undoes enter_values
+void exchange(const Queue&, const Exchange&);  // swaps the matrix at the ids below `columns` with the values
 void column_sums(const Queue&, const ColumnSums&);
 void topk(const Queue&, const TopK&);
 

@@ -1,4 +1,4 @@
-// Row passes over a tile of products; each reads the tile once. Unless noted, the grid is (rows, segments).
+// Row passes over a tile of products; each reads the tile once, a thread block a row.
 
 #include "device.cuh"
 
@@ -7,92 +7,87 @@ namespace cuda {
 namespace {
 
 // Sets the logit of `column` to -inf, in the registers of the thread that holds it.
+template <int kItems>
 __device__ __forceinline__ void remove(const Window& w, int column, float (&z)[kItems]) {
-    const int vector = (column - w.origin) / kVector;
+    const int place = column + w.lead, vector = place / kVector;
     if (vector % kThreads != static_cast<int>(threadIdx.x)) return;
-    const int item = vector / kThreads * kVector + (column - w.origin) % kVector;
+    const int item = vector / kThreads * kVector + place % kVector;
     // Unrolled over all items, because a dynamic index would move z to local memory.
 #pragma unroll
     for (int i = 0; i < kItems; i++)
         if (i == item) z[i] = -INFINITY;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(Statistics a) {
+template <typename T, int kChunks>
+__global__ void __launch_bounds__(kThreads, kResident<kChunks>) forward_kernel(Forward a) {
     __shared__ float scratch[2][kWarps];
     const Tile& t = a.tile;
     const int64_t row = blockIdx.x;
     const float* products = t.products + row * t.stride;
     const int32_t* ids = t.entries.ids + row * t.entries.count;
-    const Window w(products, t.columns, blockIdx.y, gridDim.y);
-    float z[kItems];
-    load_logits(t, products, w, z);
+    const float before = a.state.max[row];
+    T* exps = a.exps.data ? static_cast<T*>(a.exps.data) + row * a.exps.stride : nullptr;
+    float base = exps ? a.bases[row] : 0.0f;
+    const Window w(products, t.columns);
+    float z[kChunks * kVector];
+    load_logits<kChunks>(t, products, w, z);
 
     // Store the entries' logits and mask the top-k ids out of the tail.
-    const Hits hits(ids, t.entries.count, t.first + w.begin, t.first + w.end);
+    const Hits hits(ids, t.entries.count, t.first, t.first + t.columns);
     store_selected(t, products, ids, hits, a.selected + row * t.entries.count);
     for (int e = hits.begin; e < hits.end; e++)
         if (a.in_topk[row * t.entries.count + e]) remove(w, ids[e] - t.first, z);
 
-    // The segment's maximum, then the sum of exponentials relative to it, retaining them if requested.
+    // The tile's maximum. A row whose tail rises too far above its base gets another.
     float max = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kItems; i++) max = fmaxf(max, z[i]);
+    for (int i = 0; i < kChunks * kVector; i++) max = fmaxf(max, z[i]);
     max = block_reduce<Max>(max, scratch[0]);
-    const float base = reference(max);
+    const bool empty = before == -INFINITY, moved = exps && (empty || max > base + a.reach);
+    if (moved && !empty) {
+        const float factor = expf(base - max);
+        for (int j = threadIdx.x; j < t.first; j += kThreads) exps[j] = from_float<T>(to_float(exps[j]) * factor);
+    }
+    const float relative = reference(max);
+    if (moved) base = relative;
+
+    // The sum of exponentials relative to the maximum; relative to the base, they are retained.
     const Transform transform(t);
+    const float scale = expf(fminf(relative - base, a.reach));  // the minimum where nothing is finite: 0 * inf is NaN
     float sum = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; c++) {
         float e[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; i++) {
-            e[i] = expf(z[c * kVector + i] - base);
+            e[i] = expf(z[c * kVector + i] - relative);
             sum += e[i];
         }
-        if (!a.retained.exps) continue;
+        if (!exps) continue;
 #pragma unroll
-        for (int i = 0; i < kVector; i++)
-            e[i] *= transform.cap ? kRetainedScale<T> * transform.slope(z[c * kVector + i]) : kRetainedScale<T>;
-        store(static_cast<T*>(a.retained.exps) + row * a.retained.stride, w, w.at(c), e);
+        for (int i = 0; i < kVector; i++) e[i] *= transform.cap ? scale * transform.slope(z[c * kVector + i]) : scale;
+        store(exps + t.first, w, w.at(c), e);
     }
     sum = block_reduce<Sum>(sum, scratch[1]);
     if (threadIdx.x == 0) {
-        const int64_t at = blockIdx.y * t.rows + row;
-        a.partials.max[at] = max;
-        a.partials.sum[at] = sum;
+        absorb(a.state, row, max, sum);
+        if (moved) a.bases[row] = base;
     }
 }
 
-// One thread per row merges the row's segments in order.
-__global__ void __launch_bounds__(kThreads) absorb_kernel(Absorb a) {
-    const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (row >= a.rows) return;
-    OnlineSoftmax<double> state{a.max[row], a.sum[row]};
-    float largest = -INFINITY;
-    for (int64_t s = 0; s < a.segments; s++) {
-        const float max = a.partials.max[s * a.rows + row];
-        state.merge(max, a.partials.sum[s * a.rows + row]);
-        largest = fmaxf(largest, max);
-    }
-    a.max[row] = state.max;
-    a.sum[row] = state.sum;
-    if (a.bases) a.bases[row * a.bases_stride] = largest;
-}
-
-// dz = c exp(z - base) * slope, `values` at the entries. Without c, retained exponentials, 0 at the entries.
-template <typename T>
+// dz = c exp(z - base) * slope, `values` at the entries.
+template <typename T, int kChunks>
 __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient a) {
     const Tile& t = a.tile;
     const int64_t row = blockIdx.x;
     const float* products = t.products + row * t.stride;
-    const Window w(products, t.columns, blockIdx.y, gridDim.y);
-    float z[kItems];
-    load_logits(t, products, w, z);
+    const Window w(products, t.columns);
+    float z[kChunks * kVector];
+    load_logits<kChunks>(t, products, w, z);
 
-    const float c = a.c ? a.c[row] : kRetainedScale<T>, base = reference(a.base[row * a.base_stride]);
+    const float c = a.c[row], base = a.base[row];
     const Transform transform(t);
-    T* out = static_cast<T*>(a.out.exps) + row * a.out.stride;
+    T* out = static_cast<T*>(a.dz.data) + row * a.dz.stride;
 #pragma unroll
     for (int k = 0; k < kChunks; k++) {
         float dz[kVector];
@@ -104,8 +99,30 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient 
         }
         store(out, w, w.at(k), dz);
     }
-    overwrite(out, w, t.entries.ids + row * t.entries.count, t.entries.count, t.first,
-              a.values ? a.values + row * t.entries.count : nullptr);
+    __syncthreads();  // other threads have stored to the same columns
+    const int32_t* ids = t.entries.ids + row * t.entries.count;
+    const float* values = a.values + row * t.entries.count;
+    const Hits hits(ids, t.entries.count, t.first, t.first + t.columns);
+    for (int e = hits.begin + static_cast<int>(threadIdx.x); e < hits.end; e += kThreads)
+        if (distinct(ids, e)) out[ids[e] - t.first] = from_float<T>(values[e]);
+}
+
+// One warp per row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) exchange_kernel(Exchange a) {
+    const int lane = threadIdx.x % kWarp;
+    const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+    if (row >= a.rows) return;
+    const int32_t* ids = a.entries.ids + row * a.entries.count;
+    T* matrix = static_cast<T*>(a.matrix.data) + row * a.matrix.stride;
+    T* values = static_cast<T*>(a.values) + row * a.entries.count;
+    const Hits hits(ids, a.entries.count, 0, a.columns);
+    for (int e = hits.begin + lane; e < hits.end; e += kWarp) {
+        if (!distinct(ids, e)) continue;
+        const T before = matrix[ids[e]];
+        matrix[ids[e]] = values[e];
+        values[e] = before;
+    }
 }
 
 constexpr int kStrip = kWarp * kVector;  // columns per block of column_sums
@@ -126,8 +143,8 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums a) {
     __shared__ float part[kWarps][kVector][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int first = blockIdx.x * kStrip, at = first + lane * kVector;
-    const T* matrix = static_cast<const T*>(a.matrix.exps);
-    Window w(matrix, a.columns, 0, 1);
+    const T* matrix = static_cast<const T*>(a.matrix.data);
+    const Window w(matrix, a.columns);
     float sums[kVector] = {};
 #pragma unroll 4
     for (int64_t row = warp; row < a.rows; row += kWarps) {
@@ -149,25 +166,28 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums a) {
 
 }  // namespace
 
-int columns_per_segment() { return kCapacity; }
+int max_columns() { return kStep * kMaxChunks; }
 
-void statistics(const Queue& queue, const Statistics& a) {
-    check(a.tile);
-    if (a.retained.exps && a.tile.segments > 1)
-        throw std::runtime_error("exponentials are retained by statistics for rows of one segment only");
-    for_type(a.retained.type, [&](auto type) {
-        launch(queue, "statistics", statistics_kernel<decltype(type)>, dim3(a.tile.rows, a.tile.segments), a);
+void forward(const Queue& queue, const Forward& a) {
+    for_chunks(a.tile, [&](auto chunks) {
+        for_type(a.exps.type, [&](auto type) {
+            launch(queue, "forward", forward_kernel<decltype(type), decltype(chunks)::value>, dim3(a.tile.rows), a);
+        });
     });
 }
 
-void absorb(const Queue& queue, const Absorb& a) {
-    launch(queue, "absorb", absorb_kernel, dim3(blocks(a.rows, kThreads)), a);
+void logit_gradient(const Queue& queue, const LogitGradient& a) {
+    for_chunks(a.tile, [&](auto chunks) {
+        for_type(a.dz.type, [&](auto type) {
+            launch(queue, "logit_gradient", logit_gradient_kernel<decltype(type), decltype(chunks)::value>,
+                   dim3(a.tile.rows), a);
+        });
+    });
 }
 
-void logit_gradient(const Queue& queue, const LogitGradient& a) {
-    check(a.tile);
-    for_type(a.out.type, [&](auto type) {
-        launch(queue, "logit_gradient", logit_gradient_kernel<decltype(type)>, dim3(a.tile.rows, a.tile.segments), a);
+void exchange(const Queue& queue, const Exchange& a) {
+    for_type(a.matrix.type, [&](auto type) {
+        launch(queue, "exchange", exchange_kernel<decltype(type)>, dim3(blocks(a.rows, kWarps)), a);
     });
 }
 

@@ -68,7 +68,9 @@ struct Places {
 };
 
 // One block per row.
-__global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
+template <int kChunks>
+__global__ void __launch_bounds__(kThreads, kResident<kChunks>) topk_kernel(TopK a) {
+    constexpr int kItems = kChunks * kVector;
     // Two of each, used alternately: the barrier inside one use separates the uses of the other, so none is added.
     __shared__ int counts[2][kWarps];
     __shared__ unsigned scans[2][kWarps];
@@ -80,9 +82,9 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
     const int32_t* ids = t.entries.ids + row * t.entries.count;
     float* best_values = a.values + row * a.capacity;
     int32_t* best_ids = a.ids + row * a.capacity;
-    const Window w(products, t.columns, 0, 1);
+    const Window w(products, t.columns);
     float z[kItems];
-    load_logits(t, products, w, z);
+    load_logits<kChunks>(t, products, w, z);
     store_selected(t, products, ids, Hits(ids, t.entries.count, t.first, t.first + t.columns),
                    a.selected + row * t.entries.count);
 
@@ -170,10 +172,7 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
     float sum = 0;
     for_rest([&](float x) { sum += expf(x - reference(max)); });
     sum = block_reduce<Sum>(sum, scratch[1]);
-    if (threadIdx.x == 0) {
-        a.partials.max[row] = max;
-        a.partials.sum[row] = sum;
-    }
+    if (threadIdx.x == 0) absorb(a.state, row, max, sum);
 }
 
 }  // namespace
@@ -181,10 +180,10 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(TopK a) {
 int max_k() { return kSlots * kThreads; }
 
 void topk(const Queue& queue, const TopK& a) {
-    check(a.tile);
-    if (a.tile.segments != 1) throw std::runtime_error("top-k takes rows of one segment");
     if (a.keep > max_k()) throw std::runtime_error("k=" + std::to_string(a.keep) + " exceeds " + std::to_string(max_k()));
-    launch(queue, "topk", topk_kernel, dim3(a.tile.rows), a);
+    for_chunks(a.tile, [&](auto chunks) {
+        launch(queue, "topk", topk_kernel<decltype(chunks)::value>, dim3(a.tile.rows), a);
+    });
 }
 
 }  // namespace cuda

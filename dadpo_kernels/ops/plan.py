@@ -3,19 +3,20 @@
 One unit of work is one `N·V·H` matrix product (`2·N·V·H` floating-point operations). Dense training needs three.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pass over `vocab` columns in tiles of `tile` columns, the first `retained` tiles kept for the backward.
+    """A pass over `vocab` columns in tiles of `tile` columns, the first `retained` columns kept for the backward.
 
     Attributes:
         rows: tokens that take part (masked ones are dropped before).
         vocab: columns of the head.
-        tile: columns of a tile, the last one may be shorter.
-        retained: tiles whose exponentials the forward keeps.
+        tile: columns of a tile; the last one may be shorter, and so may the last one that is retained.
+        retained: leading columns whose exponentials the forward keeps.
         retained_bytes: what they occupy.
         grad_hidden, grad_weight: which gradient products the backward makes.
     """
@@ -28,19 +29,23 @@ class Plan:
     grad_hidden: bool
     grad_weight: bool
 
+    def parts(self, retained: int, recomputed: int) -> Iterator[tuple[int, int]]:
+        """`(first column, columns)` in order: of what is retained so many columns at a time, then of the others."""
+        for start, stop, step in ((0, self.retained, retained), (self.retained, self.vocab, recomputed)):
+            for first in range(start, stop, step):
+                yield first, min(step, stop - first)
+
     @property
-    def tiles(self) -> Iterator[tuple[int, int, int]]:
-        """`(index, first column, columns)` of every tile, in order."""
-        for index, first in enumerate(range(0, self.vocab, self.tile)):
-            yield index, first, min(self.tile, self.vocab - first)
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        """`(first column, columns)` of every tile, in order."""
+        return self.parts(self.tile, self.tile)
 
     @property
     def units(self) -> float:
         """Matrix products of forward and backward together, in units of `N·V·H`."""
         if not (self.grad_hidden or self.grad_weight):
             return 1.0
-        recomputed = 1.0 - min(self.vocab, self.retained * self.tile) / self.vocab
-        return 1.0 + recomputed + self.grad_hidden + self.grad_weight
+        return 1.0 + (1.0 - self.retained / self.vocab) + self.grad_hidden + self.grad_weight
 
     @property
     def name(self) -> str:
@@ -49,7 +54,7 @@ class Plan:
             return "no_grad"
         if not self.retained:
             return "recompute"
-        return "retain" if self.retained * self.tile >= self.vocab else "partial"
+        return "retain" if self.retained == self.vocab else "partial"
 
     def __str__(self) -> str:
         frozen = "" if self.grad_weight or self.name == "no_grad" else ", frozen head"
@@ -63,17 +68,19 @@ def make_plan(
     rows: int,
     vocab: int,
     tile: int,
-    tile_bytes: Callable[[int], int],
+    step: int,
+    retained_bytes: Callable[[int], int],
     memory_budget: int,
     grad_hidden: bool,
     grad_weight: bool,
 ) -> Plan:
-    """Retains as many tiles, of `tile_bytes(columns)` each, as fit into the budget; none without a backward."""
-    full, last = divmod(vocab, tile)
-    one_tile, all_tiles = tile_bytes(tile), full * tile_bytes(tile) + (tile_bytes(last) if last else 0)
-    if not rows or not (grad_hidden or grad_weight):
-        return Plan(rows, vocab, tile, 0, 0, grad_hidden, grad_weight)
-    if all_tiles <= memory_budget:
-        return Plan(rows, vocab, tile, full + bool(last), all_tiles, grad_hidden, grad_weight)
-    retained = min(full, memory_budget // one_tile)
-    return Plan(rows, vocab, tile, retained, retained * one_tile, grad_hidden, grad_weight)
+    """Retains as many columns, in multiples of `step` or all, as `retained_bytes(columns)` lets fit into the budget.
+
+    Without a backward it retains none, and with step 0 neither.
+    """
+    retained = 0
+    if rows and step and (grad_hidden or grad_weight):
+        multiples = range(step, vocab + step, step)
+        fitting = bisect_right(multiples, memory_budget, key=lambda columns: retained_bytes(min(columns, vocab)))
+        retained = min(fitting * step, vocab)
+    return Plan(rows, vocab, tile, retained, retained_bytes(retained) if retained else 0, grad_hidden, grad_weight)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends.base import retained_tile_bytes
 from .backends.registry import BACKENDS, check_name, resolve
 from .live.plan import LivePlan, live_buffer_bytes, make_live_plan
 from .plan import Plan, make_plan
@@ -74,10 +73,11 @@ def exact_plan(
     tiles = BACKENDS[backend].tiles
     tile = min(tiles.tile_columns(rows, width, dtype), vocab)
 
-    def tile_bytes(columns: int) -> int:
-        return retained_tile_bytes(tiles, rows, columns, dtype)
+    def retained_bytes(columns: int) -> int:
+        return tiles.retained_bytes(rows, columns, tile, dtype)
 
-    return make_plan(rows, vocab, tile, tile_bytes, memory_budget, grad_hidden, grad_weight)
+    step = tiles.retained_step(tile, dtype)
+    return make_plan(rows, vocab, tile, step, retained_bytes, memory_budget, grad_hidden, grad_weight)
 
 
 def plan_for(

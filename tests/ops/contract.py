@@ -199,7 +199,8 @@ class Values(Contract):
             valid, (vocab, width) = int((p.labels != IGNORE).sum()), p.weight.shape
             for name, budget in budgets(p, dtype).items():
                 plan = plan_for(valid, vocab, width, dtype, backend=subject.backend, memory_budget=budget)
-                assert plan.name == name
+                retains = BACKENDS[subject.backend].tiles.retained_step(plan.tile, dtype) > 0
+                assert plan.name == (name if retains else "recompute")
         subject.check(p, dtype)
 
     def test_ragged_shapes(self, subject, dtype):

@@ -34,17 +34,10 @@ def backend(host, monkeypatch):
     monkeypatch.setitem(BACKENDS, "host", Backend(cuda_host.HostTiles, lambda *_: None, ()))
 
 
-@pytest.fixture(params=[1, 1000], ids=["a_block_a_row", "several_blocks_a_row"])
-def blocks(request, monkeypatch):
-    monkeypatch.setattr(cuda_host.HostTiles, "segments", lambda self, columns: min(4, request.param))
-
-
-@pytest.mark.usefixtures("blocks")
 class TestValues(contract.Values):
     subjects = (SUBJECT,)
 
 
-@pytest.mark.usefixtures("blocks")
 class TestConduct(contract.Conduct):
     subjects = (SUBJECT,)
 
@@ -60,7 +53,6 @@ class TestTopk(contract.Topk):
     subjects = (replace(SUBJECT, rows=7, options=("all",), largest=(7, 700, 30), ks=ks),)
 
 
-@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_waits_for_the_device(monkeypatch, dtype):
     """So that a CUDA graph can capture the passes. The kernels' source asks CUDA for launches alone."""

@@ -36,9 +36,9 @@ def place(values: torch.Tensor, offset: int, stride: int, guard: float = 12345.0
 class Case:
     """A tile of random products, its entries, and the calls on it."""
 
-    def __init__(self, host, columns: int, segments: int, offset: int = 0, stride: int | None = None) -> None:
+    def __init__(self, host, columns: int, offset: int = 0, stride: int | None = None) -> None:
         g = torch.Generator().manual_seed(columns)
-        self.host, self.columns, self.segments = host, columns, segments
+        self.host, self.columns = host, columns
         self.z = torch.randn(ROWS, columns, generator=g) * 3
         self.products = place(self.z, offset, stride or columns)
         ids = torch.randint(FIRST - 50, FIRST + columns + 50, (ROWS, 9), generator=g, dtype=torch.int32)
@@ -59,43 +59,50 @@ class Case:
         p = self.products
         return self.host.Tile(
             products=p.data_ptr(), rows=ROWS, stride=p.stride(0), first=FIRST, columns=self.columns, bias=0, scale=1.0,
-            softcap=0.0, inv_temperature=1.0, ids=self.ids.data_ptr(), entries=9, segments=self.segments,
+            softcap=0.0, inv_temperature=1.0, ids=self.ids.data_ptr(), entries=9,
         )  # fmt: skip
 
-    def retained(self, matrix: torch.Tensor):
-        return self.host.Retained(matrix.data_ptr(), matrix.stride(0), getattr(self.host.Type, TYPES[matrix.dtype]))
+    def matrix(self, matrix: torch.Tensor):
+        return self.host.Matrix(matrix.data_ptr(), matrix.stride(0), getattr(self.host.Type, TYPES[matrix.dtype]))
 
-    def check_statistics(self, exps: torch.Tensor | None = None) -> None:
+    def tail(self) -> torch.Tensor:
+        return self.z.double().masked_fill(self.inside, -torch.inf)
+
+    def forward(self, state: SimpleNamespace, exps: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the pass; the entries' logits. `exps` are the columns of this tile, behind FIRST others."""
         selected = torch.full((ROWS, 9), 7.0)
-        part = torch.full((2, self.segments, ROWS), torch.nan)
-        self.host.statistics(
-            self.queue, self.tile(), self.in_topk.data_ptr(), selected.data_ptr(), part[0].data_ptr(),
-            part[1].data_ptr(), self.host.Retained(0, 0, self.host.Type.f32) if exps is None else self.retained(exps),
+        whole = self.host.Matrix(0, 0, self.host.Type.f32)
+        if exps is not None:
+            whole = self.host.Matrix(
+                exps.data_ptr() - FIRST * exps.element_size(),
+                exps.stride(0),
+                getattr(self.host.Type, TYPES[exps.dtype]),
+            )
+        self.host.forward(
+            self.queue, self.tile(), self.in_topk.data_ptr(), selected.data_ptr(), state.max.data_ptr(),
+            state.sum.data_ptr(), whole, state.bases.data_ptr(), 30.0,
         )  # fmt: skip
-        state = SimpleNamespace(
-            max=torch.full((ROWS,), -torch.inf), sum=torch.zeros(ROWS).double(), bases=torch.zeros(ROWS, 4)
-        )
-        self.host.absorb(
-            self.queue, part[0].data_ptr(), part[1].data_ptr(), ROWS, self.segments, state.max.data_ptr(),
-            state.sum.data_ptr(), state.bases.data_ptr(), 4,
-        )  # fmt: skip
-        tail = self.z.double().masked_fill(self.inside, -torch.inf)
+        return selected
+
+    def check_forward(self, exps: torch.Tensor | None = None) -> None:
+        """As the first tile that has a logit: its maximum is the base."""
+        state, tail = no_state(), self.tail()
+        selected = self.forward(state, exps)
         torch.testing.assert_close(state.max.double() + state.sum.log(), tail.logsumexp(1), rtol=3e-6, atol=3e-6)
-        assert torch.equal(state.bases[:, 0], tail.amax(1).float())
         assert torch.equal(selected, torch.where(self.hit, self.z.gather(1, self.local), 7.0))
         if exps is not None:
-            base = tail.amax(1, keepdim=True)
-            want = (tail - base.masked_fill(base == -torch.inf, 0)).exp()
-            scale = 32768 if exps.dtype == torch.float16 else 1
+            base = tail.amax(1)
+            base = base.masked_fill(base == -torch.inf, 0)
+            assert torch.equal(state.bases, base.float())
             rtol = torch.finfo(exps.dtype).eps + 3e-6  # the difference of logits is rounded at their size
-            torch.testing.assert_close(exps.double() / scale, want, rtol=rtol, atol=1e-9)
+            torch.testing.assert_close(exps.double(), (tail - base[:, None]).exp(), rtol=rtol, atol=1e-7)
 
     def check_gradient(self, out: torch.Tensor) -> None:
         g = torch.Generator().manual_seed(1)
         c, base = torch.randn(ROWS, generator=g), self.z.amax(1)
         values = torch.randn(ROWS, self.columns, generator=g).gather(1, self.local)  # equal ids have equal values
         self.host.logit_gradient(
-            self.queue, self.tile(), c.data_ptr(), base.data_ptr(), 1, values.data_ptr(), self.retained(out)
+            self.queue, self.tile(), c.data_ptr(), base.data_ptr(), values.data_ptr(), self.matrix(out)
         )
         want = c[:, None].double() * (self.z - base[:, None]).double().exp()
         for n, j in self.hit.nonzero():
@@ -103,18 +110,24 @@ class Case:
         torch.testing.assert_close(out.double(), want, rtol=4 * torch.finfo(out.dtype).eps, atol=1e-7)
 
 
+def no_state() -> SimpleNamespace:
+    """Of rows that have not met a logit; their bases are not written yet."""
+    return SimpleNamespace(
+        max=torch.full((ROWS,), -torch.inf), sum=torch.zeros(ROWS).double(), bases=torch.full((ROWS,), torch.nan)
+    )
+
+
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(
     ("columns", "offset", "stride"),
     [(1, 0, 1), (7, 1, 7), (8, 3, 13), (255, 2, 255), (256, 0, 264), (257, 1, 258), (1021, 3, 1021), (1500, 0, 1501)],
 )
-def test_misaligned_rows(host, columns, offset, stride, segments, dtype):
+def test_misaligned_rows(host, columns, offset, stride, dtype):
     """Heads and tails of every length, rows that start anywhere; what lies between the rows is not touched."""
-    case = Case(host, columns, segments, offset, stride)
+    case = Case(host, columns, offset, stride)
     exps = place(torch.zeros(ROWS, columns, dtype=dtype), offset, stride)
     before = exps.as_strided((exps.untyped_storage().nbytes() // exps.element_size(),), (1,), 0).clone()
-    case.check_statistics(exps if segments == 1 else None)
+    case.check_forward(exps)
     case.check_gradient(exps)
     after = exps.as_strided(before.shape, (1,), 0)
     inside = torch.zeros_like(before, dtype=torch.bool)
@@ -127,91 +140,103 @@ def test_misaligned_rows(host, columns, offset, stride, segments, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_offsets_beyond_32_bits(host, dtype):
     """The third row starts at element 2^32 and some: index arithmetic in 32 bits would land elsewhere."""
-    case = Case(host, 100, 1)
+    case = Case(host, 100)
     products, exps = far(ROWS, 100, torch.float32), far(ROWS, 100, dtype)
     products.copy_(case.products)
     case.products = products
-    case.check_statistics(exps)
+    case.check_forward(exps)
     case.check_gradient(exps)
     out = torch.zeros(100)
-    host.column_sums(case.queue, case.retained(exps), ROWS, 100, 0, out.data_ptr())
+    host.column_sums(case.queue, case.matrix(exps), ROWS, 100, 0, out.data_ptr())
     torch.testing.assert_close(out, exps.float().sum(0))
     assert out.abs().max() > 0
 
 
 @linux
-def test_entered_values_and_restore(host):
-    """Far rows again; a factor of 0 is raised so that the values stand, and everything is put back."""
-    case = Case(host, 100, 1)
-    exps = far(ROWS, 100, torch.float32)
-    exps.copy_(torch.rand(ROWS, 100))
-    before = exps.clone()
-    c, base, bases = torch.tensor([0.5, 0.0, -1e-38]), torch.zeros(ROWS), torch.zeros(ROWS, 4)
-    values = torch.randn(ROWS, 100).gather(1, case.local)
-    factors, saved = torch.empty(ROWS), torch.empty(ROWS, 9)
-    gradient = host.RetainedGradient(
-        retained=case.retained(exps), rows=ROWS, first=FIRST, columns=100, ids=case.ids.data_ptr(), entries=9,
-        c=c.data_ptr(), base=base.data_ptr(), values=values.data_ptr(), bases=bases.data_ptr(), bases_stride=4, dz=0,
-        dz_stride=0, factors=factors.data_ptr(), saved=saved.data_ptr(),
-    )  # fmt: skip
-    host.enter_values(case.queue, gradient)
-    want = c[:, None] * before
-    for n, j in case.hit.nonzero():
-        want[n, case.local[n, j]] = values[n, j]
-    torch.testing.assert_close(factors[:, None] * exps, want, rtol=1e-6, atol=8 * 2.0**-100)
-    host.restore(case.queue, gradient)
-    assert torch.equal(exps, before)
-
-
-@linux
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_scaled_exponentials(host, dtype, where):
-    """From retained exponentials to the gradient in one pass, values at the entries."""
-    case, scale = Case(host, 1021, 1), 32768 if dtype == torch.float16 else 1
+def test_exchange_undoes_itself(host, dtype, where):
+    """The first of equal ids below the number of columns; all else stays."""
+    case = Case(host, 1021)
+    ids = (case.ids - FIRST).contiguous()  # some are negative, some beyond the columns
     g = torch.Generator().manual_seed(2)
-    exps = PLACES[where]((torch.rand(ROWS, 1021, generator=g) * scale).to(dtype))
-    dz = PLACES[where](torch.full((ROWS, 1021), torch.nan, dtype=dtype))
-    c, base, bases = torch.randn(ROWS, generator=g), torch.randn(ROWS, generator=g), torch.randn(ROWS, 4, generator=g)
-    values = torch.randn(ROWS, 1021, generator=g).gather(1, case.local)
-    case.host.scale_retained(
-        case.queue,
-        host.RetainedGradient(
-            retained=case.retained(exps), rows=ROWS, first=FIRST, columns=1021, ids=case.ids.data_ptr(), entries=9,
-            c=c.data_ptr(), base=base.data_ptr(), values=values.data_ptr(), bases=bases.data_ptr(), bases_stride=4,
-            dz=dz.data_ptr(), dz_stride=dz.stride(0), factors=0, saved=0,
-        ),
-    )  # fmt: skip
-    want = (c * (bases[:, 0] - base).exp()).double()[:, None] * exps.double() / scale
-    for n, j in case.hit.nonzero():
-        want[n, case.local[n, j]] = values[n, j].double()
-    torch.testing.assert_close(dz.double(), want, rtol=torch.finfo(dtype).eps + 1e-6, atol=1e-7)
+    matrix = PLACES[where](torch.rand(ROWS, 1021, generator=g).to(dtype))
+    values = torch.rand(ROWS, 9, generator=g).to(dtype)
+    before, given = matrix.clone(), values.clone()
+    want = before.clone()
+    for n, j in reversed(case.hit.nonzero().tolist()):  # so that the first of equal ids has the last word
+        want[n, ids[n, j]] = given[n, j]
+
+    def exchange() -> None:
+        host.exchange(case.queue, case.matrix(matrix), ROWS, 1021, ids.data_ptr(), 9, values.data_ptr())
+
+    exchange()
+    assert torch.equal(matrix, want)
+    assert not torch.equal(matrix, before)
+    exchange()
+    assert torch.equal(matrix, before)
+    assert torch.equal(values, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_rises_takes_its_exponentials_along(host, dtype):
+    """A little: its base stays. By more than the reach: the new maximum is the base, also of the columns before."""
+    case = Case(host, 255)
+    state, tail = no_state(), case.tail()
+    whole = torch.full((ROWS, FIRST + 255), 2.0, dtype=dtype)
+    rise = torch.tensor([29.0, 31.0, 200.0])
+    state.max[:] = state.bases[:] = tail.amax(1).float() - rise
+    state.sum[:] = 1.0
+    before = state.bases.clone()
+    case.forward(state, whole[:, FIRST:])
+    moved = torch.tensor([False, True, True])
+    assert torch.equal(state.bases, torch.where(moved, tail.amax(1).float(), before))
+    want = torch.cat([2 * (before - state.bases).double().exp()[:, None].expand(ROWS, FIRST),
+                      (tail - state.bases[:, None]).exp()], 1)  # fmt: skip
+    torch.testing.assert_close(whole.double(), want, rtol=2 * torch.finfo(dtype).eps + 2e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize("height", [-torch.inf, -300.0, 300.0])
+def test_a_row_without_a_logit_gets_its_base_later(host, height):
+    """The first tile holds -inf alone; the base is the second's maximum, or 0 for ever."""
+    case, state = Case(host, 255), no_state()
+    z, exps = case.products.clone(), torch.full((ROWS, 255), torch.nan)
+    case.products.fill_(-torch.inf)
+    case.forward(state, exps)
+    assert torch.equal(state.bases, torch.zeros(ROWS))
+    assert torch.equal(exps, torch.zeros(ROWS, 255))
+    case.products.copy_(z + height)
+    case.forward(state, exps)
+    tail = (case.tail() + height).float()
+    base = tail.amax(1).masked_fill(tail.amax(1) == -torch.inf, 0)
+    assert torch.equal(state.bases, base)
+    torch.testing.assert_close(exps, (tail - base[:, None]).exp(), rtol=1e-4, atol=1e-7)
 
 
 @linux
 @pytest.mark.parametrize("where", PLACES)
 def test_top_k_of_rows_anywhere(host, where):
-    case = Case(host, 1021, 1)
+    case = Case(host, 1021)
     case.products = PLACES[where](case.z)
     values, ids = torch.full((ROWS, 101), -torch.inf), torch.zeros(ROWS, 101, dtype=torch.int32)
     values[:, :2], ids[:, :2] = torch.tensor([50.0, -50.0]), torch.tensor([5, 6], dtype=torch.int32)
-    selected, part = torch.zeros(ROWS, 9), torch.zeros(2, 1, ROWS)
+    selected, state = torch.zeros(ROWS, 9), no_state()
     host.topk(
         case.queue, case.tile(), selected.data_ptr(), values.data_ptr(), ids.data_ptr(), 101, 2, 50,
-        part[0].data_ptr(), part[1].data_ptr(),
+        state.max.data_ptr(), state.sum.data_ptr(),
     )  # fmt: skip
     best = case.z.topk(49, dim=1)
     assert (values[:, 0] == 50).all()
     assert torch.equal(values[:, 1:50].sort(1, descending=True).values, best.values)
     assert torch.equal(ids[:, 1:50].sort(1).values, (best.indices + FIRST).sort(1).values.int())
     rest = torch.cat([case.z.scatter(1, best.indices, -torch.inf), torch.full((ROWS, 1), -50.0)], 1)
-    torch.testing.assert_close(part[0, 0] + part[1, 0].log(), rest.logsumexp(1), rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close((state.max + state.sum.log()).float(), rest.logsumexp(1), rtol=3e-6, atol=3e-6)
 
 
 def test_what_does_not_fit_is_refused(host):
-    case = Case(host, 10, 1)
+    case = Case(host, 10)
     case.columns = host.COLUMNS + 1
-    with pytest.raises(RuntimeError, match="does not fit into 1 segments of"):
+    with pytest.raises(RuntimeError, match="does not fit into a block of"):
         case.check_gradient(torch.zeros(ROWS, 10))
     with pytest.raises(RuntimeError, match="k=257 exceeds 256"):
-        host.topk(case.queue, Case(host, 10, 1).tile(), 0, 0, 0, 0, 0, 257, 0, 0)
+        host.topk(case.queue, Case(host, 10).tile(), 0, 0, 0, 0, 0, 257, 0, 0)

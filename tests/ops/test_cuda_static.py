@@ -14,15 +14,12 @@ from dadpo_kernels.ops.backends import cuda
 from dadpo_kernels.ops.backends.cuda import obstacle, runs_on
 from dadpo_kernels.ops.backends.registry import resolve
 
-KERNELS = {  # how many variants, and the least number of 128-bit loads and stores of each
-    "statistics_kernel": (3, 8, 4),
-    "logit_gradient_kernel": (3, 8, 4),
-    "scale_retained_kernel": (3, 4, 4),
+KERNELS = {  # how many variants, and the least number of 128-bit loads and stores for each chunk of a row
+    "forward_kernel": (9, 2, 1),
+    "logit_gradient_kernel": (9, 2, 1),
     "column_sums_kernel": (3, 4, 0),
-    "topk_kernel": (1, 8, 0),
-    "enter_values_kernel": (3, 0, 0),
-    "restore_kernel": (3, 0, 0),
-    "absorb_kernel": (1, 0, 0),
+    "topk_kernel": (3, 2, 0),
+    "exchange_kernel": (3, 0, 0),
 }
 
 built = pytest.mark.skipif(cuda._cuda is None, reason="dadpo_kernels._cuda is not built here (no nvcc)")
@@ -75,19 +72,20 @@ def test_instructions(arch):
         assert len(instances) == variants, kernel
         for code in instances:
             name = code.splitlines()[0]
-            assert len(re.findall(r"\bLDG\.E\.128", code)) >= loads, name
-            assert len(re.findall(r"\bSTG\.E\.128", code)) >= stores, name
+            chunks = int(match[1]) if (match := re.search(r"_kernelI\w*?Li(\d)E", name)) else 1
+            assert len(re.findall(r"\bLDG\.E\.128", code)) >= chunks * loads, name
+            assert len(re.findall(r"\bSTG\.E\.128", code)) >= chunks * stores, name
             assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED|STL|LDL)\b", code), name
 
 
 @built
 @pytest.mark.parametrize("arch", architectures())
 def test_loads_are_in_flight_together(arch):
-    """The 128-bit loads of a row's four vectors are issued before the first exponential needs one."""
+    """The 128-bit loads of all of a thread's vectors are issued before the first exponential needs one."""
     for code in re.split(r"Function : ", dump("-sass", "-arch", arch))[1:]:
-        if "statistics_kernel" in code.splitlines()[0]:
+        if chunks := re.search(r"forward_kernelI\w+?Li(\d)E", code.splitlines()[0]):
             before = code[: code.index("MUFU.EX2")]
-            assert len(re.findall(r"\bLDG\.E\.128", before)) >= 8
+            assert len(re.findall(r"\bLDG\.E\.128", before)) >= 2 * int(chunks[1])
 
 
 @built
@@ -95,8 +93,8 @@ def test_without_a_gpu():
     """The module is imported without a driver; a launch says what is missing."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(RuntimeError, match=r"CUDA kernel absorb was not launched: .*(driver|device)"):
-        cuda._cuda.absorb(cuda._cuda.Queue(0, 0), 0, 0, 1, 1, 0, 0, 0, 4)
+    with pytest.raises(RuntimeError, match=r"CUDA kernel exchange was not launched: .*(driver|device)"):
+        cuda._cuda.exchange(cuda._cuda.Queue(0, 0), cuda._cuda.Matrix(0, 1, cuda._cuda.Type.f32), 1, 1, 0, 1, 0)
 
 
 def test_reasons(monkeypatch):

@@ -27,7 +27,7 @@ from tools.machine_code import (
 )
 from tools.static_report import COMPILERS, CUDA, FUSED, Part, compile_fused, compile_rows, listed
 
-SMALL = {"absorb", "column_sums", "enter_values", "restore"}
+SMALL = {"column_sums", "exchange"}
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: f"sm_{chip.capability}")
@@ -39,7 +39,7 @@ def test_fused_kernels(chip):
         for config in choices[:1] + [c for c in choices if c.TMA and kernel == "gradient"][:1]:
             compiled += compile_fused(chip, torch.bfloat16, "bias, softcap", kernel, config)
     assert {c.kernel.partition(":")[0] for c in compiled} == set(FUSED)
-    assert len(compiled) == 4 + (chip.capability >= 90)  # statistics, retaining, its repair, and the gradient
+    assert len(compiled) == 4 + (chip.capability >= 90)  # forward, retaining, its repair, and the gradient
     for c in compiled:
         assert not c.complaints, c
         assert c.instructions[0] == chip.matrix_instruction
@@ -52,10 +52,10 @@ def test_row_kernels():
     """On one chip: these kernels have no matrix product, and registers hardly differ between chips."""
     compiled = list(compile_rows(CHIPS[90], torch.bfloat16, 4096, variant="bias, softcap"))
     names = {c.kernel for c in compiled}
-    assert names == {f"rows.{n}" for n in SMALL | {"statistics", "logit_gradient"}} | {"topk.select"}
+    assert names == {f"rows.{n}" for n in SMALL | {"forward", "logit_gradient"}} | {"topk.select"}
     for c in compiled:
         assert not c.complaints, c
-        assert (c.loop_spills is None) == (c.kernel in {"rows.absorb", "rows.enter_values", "rows.restore"}), c.kernel
+        assert (c.loop_spills is None) == (c.kernel == "rows.exchange"), c.kernel
 
 
 def test_a_width_of_one():
@@ -64,8 +64,8 @@ def test_a_width_of_one():
         static_report.triton_.FusedTiles, torch.bfloat16, rows=16, columns=300, width=1, top_k=4
     )
     with static_report.offline.compiling(90) as compiled:
-        static_report.one_pass(tiles, "statistics")
-    assert "forward.statistics" in {name for name, _ in compiled.values()}
+        static_report.one_pass(tiles, "forward")
+    assert "fused.forward" in {name for name, _ in compiled.values()}
 
 
 def test_a_configuration_that_spills_in_its_loop_is_found():
@@ -263,8 +263,11 @@ def test_an_extension_that_lacks_a_chip_makes_no_part(monkeypatch, tmp_path, arc
 
 
 def test_mangled_names():
-    assert readable("_ZN5dadpo4cuda14restore_kernelI13__nv_bfloat16EEvNS0_16RetainedE") == ("cuda.restore", "bfloat16")
-    assert readable("_ZN5dadpo4cuda13absorb_kernelENS0_6AbsorbE") == ("cuda.absorb", "float32")
+    prefix = "_ZN5dadpo4cuda"
+    assert readable(f"{prefix}14forward_kernelI13__nv_bfloat16Li2EEEvNS0_7ForwardE") == ("cuda.forward", "bfloat16", 2)
+    assert readable(f"{prefix}15exchange_kernelIfEEvNS0_8ExchangeE") == ("cuda.exchange", "float32", 1)
+    assert readable(f"{prefix}11topk_kernelILi4EEEvNS0_4TopKE") == ("cuda.topk", "float32", 4)
+    assert readable(f"{prefix}13column_kernelENS0_6ColumnE") == ("cuda.column", "float32", 1)
 
 
 PYTHON = 'def f(x):\n    """Says."""\n    # why\n    return g(x, "a # b")\n'

@@ -17,8 +17,8 @@ from benchmarks.gpu_suite import row_passes
 from benchmarks.gpu_suite.kernels import row_passes_and_sweep
 from benchmarks.gpu_suite.settings import Settings
 from dadpo_kernels.ops import autograd
-from dadpo_kernels.ops.backends import triton_
-from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, RetainedTile, State
+from dadpo_kernels.ops.backends import gpu_base, triton_
+from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, Retained, State
 from dadpo_kernels.ops.backends.registry import BACKENDS, resolve
 from dadpo_kernels.ops.backends.tuning import CONFIGS
 from dadpo_kernels.ops.head import Head
@@ -62,6 +62,8 @@ def several_tiles(monkeypatch):
     for name in NAMES:
         monkeypatch.setattr(BACKENDS[name].tiles, "tile_columns", staticmethod(lambda *_: TILE))
     monkeypatch.setattr(triton_, "choose", lambda *_: triton_.Config(16, 64, 16, 1, 4, 2))
+    for module, name, columns in ((triton_, "SPAN", TILE), (triton_, "PROBE", 64), (gpu_base, "STEP", 64)):
+        monkeypatch.setattr(module, name, columns)
 
 
 @interpreted
@@ -137,7 +139,7 @@ def test_offsets_beyond_32_bits(monkeypatch, backend):
         monkeypatch.setattr(kind, "padded", lambda self, columns, dtype: place(3, columns, dtype))
         monkeypatch.setattr(kind, "products", lambda *_: place(3, TILE, torch.float32).copy_(product))
         tiles, state = kind(p.hidden, head, entries), State.new(3, entries.ids.shape[1], p.hidden)
-        retained = RetainedTile(place(3, TILE, torch.bfloat16), torch.zeros(3, 4))
+        retained = Retained(place(3, TILE, torch.bfloat16), torch.zeros(3))
         tiles.forward(0, TILE, state, retained)
         results = [state.max, state.sum, state.selected, retained.exps.clone()]
         coefficients = Coefficients(torch.ones(3), state.max, torch.ones_like(state.selected))

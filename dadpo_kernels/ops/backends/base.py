@@ -6,6 +6,7 @@ small `[N, H]` gradient is the float32 accumulator. A row keeps one running soft
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +56,15 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
-class RetainedTile:
-    """A retained tile: `exp(z - base)` times the softcap's slope, with one base per row and group of columns."""
+class Retained:
+    """Retained exponentials: `exp(z - base)` times the softcap's slope.
 
-    exps: Tensor  # [n, columns, padded]
-    bases: Tensor  # [n, groups]
+    A tile with one base per row and group of its columns, or all retained columns with one base per row: each backend
+    has its layout, see `Tiles.retained`.
+    """
+
+    exps: Tensor  # [n, columns]
+    bases: Tensor  # [n, groups] or [n]
 
 
 class Tiles(ABC):
@@ -79,9 +84,37 @@ class Tiles(ABC):
         """Columns of a tile: the workspace must not grow with the number of rows."""
 
     @staticmethod
-    @abstractmethod
     def retained_shape(rows: int, columns: int) -> tuple[int, int]:
         """`(padded columns, groups)` of a retained tile."""
+        return columns, 1
+
+    @staticmethod
+    def retained_step(tile: int, dtype: torch.dtype) -> int:
+        """The number of retained columns is a multiple of this one, or all; 0: none are retained in this dtype."""
+        return tile
+
+    @classmethod
+    def retained_bytes(cls, rows: int, columns: int, tile: int, dtype: torch.dtype) -> int:
+        """What the first `columns` columns occupy: tile by tile, bases and exponentials, in whole cache lines."""
+
+        def of_tile(columns: int) -> int:
+            padded, groups = cls.retained_shape(rows, columns)
+            return -(-rows * (padded * dtype.itemsize + groups * accumulator_dtype(dtype).itemsize) // 64) * 64
+
+        full, last = divmod(columns, tile)
+        return full * of_tile(tile) + (of_tile(last) if last else 0)
+
+    def retained(self, plan: Plan, first: int, columns: int, buffer: Tensor) -> Retained | None:
+        """Where the byte buffer holds the tile at column `first`; None if the plan recomputes it."""
+        if first >= plan.retained:
+            return None
+        dtype, wide = self.hidden.dtype, accumulator_dtype(self.hidden.dtype)
+        padded, groups = self.retained_shape(plan.rows, columns)
+        start = self.retained_bytes(plan.rows, first, plan.tile, dtype)
+        middle = start + plan.rows * groups * wide.itemsize
+        bases = buffer[start:middle].view(wide).view(plan.rows, groups)
+        exps = buffer[middle : middle + plan.rows * padded * dtype.itemsize].view(dtype).view(plan.rows, padded)
+        return Retained(exps, bases)
 
     @staticmethod
     @abstractmethod
@@ -95,13 +128,21 @@ class Tiles(ABC):
         """Columns of the accumulator for hidden's gradient: at least H."""
         return self.hidden.shape[1]
 
+    def forward_parts(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        """`(first column, columns)` of what `forward` takes at a time."""
+        return plan.tiles
+
+    def backward_parts(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        """`(first column, columns)` of what `backward` takes at a time."""
+        return plan.tiles
+
     @abstractmethod
-    def forward(self, first: int, columns: int, state: "State", retained: RetainedTile | None) -> None:
+    def forward(self, first: int, columns: int, state: "State", retained: Retained | None) -> None:
         """Adds the tile's columns outside the top-k ids to the state and stores the entries' logits."""
 
     @abstractmethod
     def backward(
-        self, first: int, columns: int, coefficients: Coefficients, grads: "Grads", retained: RetainedTile | None
+        self, first: int, columns: int, coefficients: Coefficients, grads: "Grads", retained: Retained | None
     ) -> None:
         """Adds the tile's share to `grads.hidden` and writes its rows of `grads.weight` and `grads.bias`."""
 
@@ -175,39 +216,20 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def retained_tile_bytes(tiles: type[Tiles], rows: int, columns: int, dtype: torch.dtype) -> int:
-    """Bytes of one retained tile, the bases and the exponentials in the operands' dtype, in whole cache lines."""
-    padded, groups = tiles.retained_shape(rows, columns)
-    return -(-rows * (padded * dtype.itemsize + groups * accumulator_dtype(dtype).itemsize) // 64) * 64
-
-
-def retained_tile(tiles: Tiles, plan: Plan, index: int, columns: int, buffer: Tensor) -> RetainedTile | None:
-    """The retained tile's place in the byte buffer, or None if the plan recomputes it."""
-    if index >= plan.retained:
-        return None
-    dtype = tiles.hidden.dtype
-    padded, groups = tiles.retained_shape(plan.rows, columns)
-    start = index * retained_tile_bytes(type(tiles), plan.rows, plan.tile, dtype)
-    middle = start + plan.rows * groups * accumulator_dtype(dtype).itemsize
-    bases = buffer[start:middle].view(accumulator_dtype(dtype)).view(plan.rows, groups)
-    exps = buffer[middle : middle + plan.rows * padded * dtype.itemsize].view(dtype).view(plan.rows, padded)
-    return RetainedTile(exps, bases)
-
-
 def run_forward(tiles: Tiles, plan: Plan, buffer: Tensor) -> State:
     state = State.new(plan.rows, tiles.entries.ids.shape[1], tiles.hidden)
-    for index, first, columns in plan.tiles:
-        tiles.forward(first, columns, state, retained_tile(tiles, plan, index, columns, buffer))
+    for first, columns in tiles.forward_parts(plan):
+        tiles.forward(first, columns, state, tiles.retained(plan, first, columns, buffer))
     return state
 
 
 def run_backward(tiles: Tiles, plan: Plan, buffer: Tensor, coefficients: Coefficients, grads: Grads) -> None:
-    for index, first, columns in plan.tiles:
-        tiles.backward(first, columns, coefficients, grads, retained_tile(tiles, plan, index, columns, buffer))
+    for first, columns in tiles.backward_parts(plan):
+        tiles.backward(first, columns, coefficients, grads, tiles.retained(plan, first, columns, buffer))
 
 
 def run_topk(tiles: Tiles, plan: Plan, best: Best) -> State:
     state = State.new(plan.rows, tiles.entries.ids.shape[1], tiles.hidden)
-    for _, first, columns in plan.tiles:
+    for first, columns in plan.tiles:
         tiles.topk(first, columns, state, best)
     return state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..head import Head
-from .base import Best, Coefficients, Entries, Grads, RetainedTile, State, Tiles
+from .base import Best, Coefficients, Entries, Grads, Retained, State, Tiles
 
 _cpu: Any
 try:
@@ -142,7 +142,7 @@ class CpuTiles(Tiles):
     def space(self, tile, logits: bool, grad_hidden: bool, keep_dz: bool) -> int:
         return self.workspace.at_least(_cpu.workspace_bytes(tile, logits, grad_hidden, keep_dz))
 
-    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
         tile = self.tile(first, columns)
         exps, bases = (address(retained.exps), address(retained.bases)) if retained else (0, 0)
         _cpu.forward(
@@ -155,7 +155,7 @@ class CpuTiles(Tiles):
         return -(-self.hidden.shape[1] // _cpu.panel()) * _cpu.panel()
 
     def backward(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: Retained | None
     ) -> None:
         tile = self.tile(first, columns)
         if grads.weight is not None and self.packed_hidden is None:

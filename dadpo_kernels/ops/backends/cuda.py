@@ -5,16 +5,14 @@ The extension sees addresses only; shapes, dtypes and layouts are made right her
 
 import importlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..head import Head
-from .base import Best, Coefficients, Entries, Grads, RetainedTile, State
-from .gpu_base import BASES, RowTiles
+from .base import Best, Coefficients, Entries, Retained, State
+from .gpu_base import REACH, STEP, RowTiles
 from .torch_ import TorchTiles
 
 _cuda: Any
@@ -72,8 +70,12 @@ class CudaTiles(RowTiles):
 
     @classmethod
     def tile_columns(cls, rows: int, width: int, dtype: torch.dtype) -> int:
-        # A row that fits into one block is read once, also where its exponentials are retained.
         return min(cls.module.COLUMNS, super().tile_columns(rows, width, dtype))
+
+    @staticmethod
+    def retained_step(tile: int, dtype: torch.dtype) -> int:
+        # float16 has no exponents to spare, for a base that is not the maximum and for entries over a factor.
+        return 0 if dtype == torch.float16 else STEP
 
     def queue(self):
         """The current stream of the tensors' device."""
@@ -85,17 +87,7 @@ class CudaTiles(RowTiles):
         with torch.cuda.device_of(self.hidden):
             getattr(self.module, name)(self.queue(), *args)
 
-    def busy_blocks(self) -> int:
-        """Blocks that keep the device busy."""
-        return 2 * torch.cuda.get_device_properties(self.hidden.device).multi_processor_count
-
-    def segments(self, columns: int) -> int:
-        """Blocks that share a row: one, unless rows are too few for the device or too long for a block."""
-        needed = -(-columns // self.module.COLUMNS)
-        wanted = min(self.busy_blocks() // max(1, self.rows), columns // 1024)
-        return max(1, needed, wanted)
-
-    def tile(self, products: Tensor, first: int, segments: int):
+    def tile(self, products: Tensor, first: int):
         columns, (scale, softcap, inv_temperature) = products.shape[1], self.head.scalars
         return self.module.Tile(
             products=address(products),
@@ -109,97 +101,41 @@ class CudaTiles(RowTiles):
             inv_temperature=inv_temperature,
             ids=address(self.entries.ids),
             entries=self.entries.ids.shape[1],
-            segments=segments,
         )
 
-    def retained(self, matrix: Tensor | None):
-        return self.module.Retained(address(matrix), 0 if matrix is None else matrix.stride(0), self.type)
+    def matrix(self, matrix: Tensor | None):
+        return self.module.Matrix(address(matrix), 0 if matrix is None else matrix.stride(0), self.type)
 
-    def partials(self, segments: int) -> tuple[Tensor, Tensor]:
-        """Maxima and sums `[segments, n]` of the softmax over segments of a tile's rows."""
-        maxima = torch.empty(segments, self.rows, dtype=torch.float32, device=self.hidden.device)
-        return maxima, torch.empty_like(maxima)
-
-    def absorb(self, maxima: Tensor, sums: Tensor, state: State, bases: Tensor | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
+        products = self.products(first, columns)
         self.launch(
-            "absorb", address(maxima), address(sums), self.rows, len(maxima), address(state.max),
-            address(state.sum), address(bases), BASES,
+            "forward", self.tile(products, first), address(self.entries.in_topk), address(state.selected),
+            address(state.max), address(state.sum), self.matrix(retained.exps if retained else None),
+            address(retained.bases if retained else None), REACH,
         )  # fmt: skip
-
-    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
-        products, segments = self.products(first, columns), self.segments(columns)
-        tile, (maxima, sums) = self.tile(products, first, segments), self.partials(segments)
-        at_once = retained is not None and segments == 1
-        self.launch(
-            "statistics", tile, address(self.entries.in_topk), address(state.selected), address(maxima), address(sums),
-            self.retained(retained.exps if retained and at_once else None),
-        )  # fmt: skip
-        self.absorb(maxima, sums, state, retained.bases if retained else None)
-        if retained and not at_once:
-            # The base is known when all segments are: a second read, of rows so few that the cache has them.
-            self.launch("logit_gradient", tile, 0, address(retained.bases), BASES, 0, self.retained(retained.exps))
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
-        products, dz = self.products(first, columns), self.padded(columns, self.hidden.dtype)
-        c = coefficients
+        products, dz, c = self.products(first, columns), self.padded(columns, self.hidden.dtype), coefficients
         self.launch(
-            "logit_gradient", self.tile(products, first, self.segments(columns)), address(c.c), address(c.base), 1,
-            address(c.values), self.retained(dz),
+            "logit_gradient", self.tile(products, first), address(c.c), address(c.base), address(c.values),
+            self.matrix(dz),
         )  # fmt: skip
         return dz
 
-    def retained_call(self, first: int, columns: int, c: Coefficients, retained: RetainedTile, **outputs: Tensor):
-        return self.module.RetainedGradient(
-            retained=self.retained(retained.exps),
-            rows=self.rows,
-            first=first,
-            columns=columns,
-            ids=address(self.entries.ids),
-            entries=self.entries.ids.shape[1],
-            c=address(c.c),
-            base=address(c.base),
-            values=address(c.values),
-            bases=address(retained.bases),
-            bases_stride=BASES,
-            dz=address(outputs.get("dz")),
-            dz_stride=outputs["dz"].stride(0) if "dz" in outputs else 0,
-            factors=address(outputs.get("factors")),
-            saved=address(outputs.get("saved")),
-        )
-
-    def retained_gradient(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile
-    ) -> None:
-        if self.hidden.dtype != torch.float16:
-            super().retained_gradient(first, columns, coefficients, grads, retained)
-            return
-        # float16 has no exponents to spare for entries over a factor: see csrc/cuda.
-        dz = self.padded(columns, self.hidden.dtype)
-        self.launch("scale_retained", self.retained_call(first, columns, coefficients, retained, dz=dz))
-        self.add_products(first, columns, dz, grads)
-
-    @contextmanager
-    def enter_values(
-        self, first: int, columns: int, coefficients: Coefficients, retained: RetainedTile
-    ) -> Iterator[Tensor]:
-        factors = torch.empty_like(coefficients.c)
-        saved = torch.empty_like(self.entries.ids, dtype=self.hidden.dtype)
-        gradient = self.retained_call(first, columns, coefficients, retained, factors=factors, saved=saved)
-        self.launch("enter_values", gradient)
-        yield factors
-        self.launch("restore", gradient)
+    def exchange(self, matrix: Tensor, values: Tensor) -> None:
+        ids = self.entries.ids
+        self.launch("exchange", self.matrix(matrix), *matrix.shape, address(ids), ids.shape[1], address(values))
 
     def column_sums(self, matrix: Tensor, factors: Tensor | None, out: Tensor) -> None:
-        self.launch("column_sums", self.retained(matrix), self.rows, matrix.shape[1], address(factors), address(out))
+        self.launch("column_sums", self.matrix(matrix), *matrix.shape, address(factors), address(out))
 
     def topk(self, first: int, columns: int, state: State, best: Best) -> None:
         if best.k > self.module.MAX_K:
             TorchTiles(self.hidden, self.head, self.entries).topk(first, columns, state, best)
             return
-        products, (maxima, sums) = self.products(first, columns), self.partials(1)
+        products = self.products(first, columns)
         self.launch(
-            "topk", self.tile(products, first, 1), address(state.selected), address(best.values),
-            address(best.ids), best.values.shape[1], min(best.k, first), min(best.k, first + columns), address(maxima),
-            address(sums),
+            "topk", self.tile(products, first), address(state.selected), address(best.values), address(best.ids),
+            best.values.shape[1], min(best.k, first), min(best.k, first + columns), address(state.max),
+            address(state.sum),
         )  # fmt: skip
-        self.absorb(maxima, sums, state, None)

@@ -1,55 +1,67 @@
-"""Tiles as one product in memory and a few kernels over its rows: what the GPU backends have in common.
+"""Tiles as one product in memory and a kernel over its rows: what the GPU backends have in common.
 
 cuBLAS writes a tile of products in float32, a kernel reads it once per pass, and the gradient's products are cuBLAS's
-again. Subclasses supply the kernels.
+again. What is retained is one matrix with one base per row: its share of the gradients is one product each, which read
+it as it lies. Subclasses supply the kernels.
 """
 
+import math
 from abc import abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..head import Head
-from .base import Coefficients, Entries, Grads, RetainedTile, Tiles
-from .torch_ import wide_mm
+from ..plan import Plan
+from .base import Coefficients, Entries, Grads, Retained, Tiles, accumulator_dtype
 
 WORKSPACE = 128 * 2**20  # bytes of a tile of products in float32 and of its gradient in the operands' dtype
-STRIP = 32 * 2**20  # bytes of a weight gradient in float32, less than a large GPU's L2 cache
 COLUMNS = 8  # rows of a tile start at multiples of this many columns, for 16-byte accesses
-BASES = 4  # floats a row: so that the exponentials behind the bases start at a multiple of 16 bytes
+STEP = 256  # columns: a block of every kernel divides it
+REACH = 30.0  # nats that the tail of a row may rise above its base: e^30 < 2^44
+FLOOR = 2.0**-50  # of a row's largest gradient: what `entered` may add to others
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out += a @ b`, float32 from operands of any dtype."""
-    if a.is_cuda and a.dtype != out.dtype:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`, summed in float32 and rounded once.
 
-
-def rounded_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b`, summed in float32 and rounded once.
-
-    Left to itself, cuBLAS may split a sum and round its parts (PyTorch allows it by default: see its switch
-    `allow_bf16_reduced_precision_reduction`). A strip of the product in float32 stays in cache until it is rounded.
+    On a GPU, a float32 result of narrower operands is cuBLAS's, by `out_dtype`: in PyTorch since 2.11, also for
+    `addmm`. Elsewhere, where only tests come, the operands are widened.
     """
-    if out.dtype == torch.float32:
-        torch.mm(a, b, out=out)
+    if not a.is_cuda:
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
         return
-    rows = max(256, STRIP // (4 * out.shape[1]) // 256 * 256)
-    for strip in (slice(first, first + rows) for first in range(0, len(out), rows)):
-        out[strip] = wide_mm(a[strip], b)
+    wider: Any = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    with unsplit_sums(out.dtype):
+        if add:
+            torch.addmm(out, a, b, out=out, **wider)
+        else:
+            torch.mm(a, b, out=out, **wider)
+
+
+@contextmanager
+def unsplit_sums(dtype: torch.dtype) -> Iterator[None]:
+    """cuBLAS does not split a long sum and round its parts, which a switch of PyTorch's allows it by default."""
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if dtype not in kinds:
+        yield
+        return
+    matmul, name = torch.backends.cuda.matmul, f"allow_{kinds[dtype]}_reduced_precision_reduction"
+    before = getattr(matmul, name), getattr(matmul, f"{name}_split_k")
+    setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def whole(columns: int) -> int:
     """`columns`, rounded up to what rows are padded to."""
     return -(-columns // COLUMNS) * COLUMNS
-
-
-def strip_bytes(columns: int, width: int, dtype: torch.dtype) -> int:
-    """What `rounded_mm` takes for a weight gradient `[columns, width]`."""
-    return min(columns * width * 4, max(STRIP, 256 * width * 4)) if dtype != torch.float32 else 0
 
 
 class RowTiles(Tiles):
@@ -62,19 +74,32 @@ class RowTiles(Tiles):
 
     @classmethod
     def tile_columns(cls, rows: int, width: int, dtype: torch.dtype) -> int:
-        fitting = WORKSPACE // ((4 + dtype.itemsize) * max(1, rows)) // 256 * 256
-        return max(256, min(cls.max_columns, fitting))
-
-    @staticmethod
-    def retained_shape(rows: int, columns: int) -> tuple[int, int]:
-        return whole(columns), BASES
+        fitting = WORKSPACE // ((4 + dtype.itemsize) * max(1, rows)) // STEP * STEP
+        return max(STEP, min(cls.max_columns, fitting))
 
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
-        # The tile of products and that of its gradient, or a product that is scaled before it joins hidden's gradient;
-        # in addition to either, a strip of the weight's gradient.
-        strip = strip_bytes(columns, width, dtype) if grad_weight else 0
-        return rows * max(whole(columns) * (4 + dtype.itemsize), width * 4) + strip
+        # The tile of products and that of its gradient, or hidden times the factors of what is retained.
+        return rows * max(whole(columns) * (4 + dtype.itemsize), width * dtype.itemsize if grad_weight else 0)
+
+    @staticmethod
+    def retained_step(tile: int, dtype: torch.dtype) -> int:
+        return STEP
+
+    @classmethod
+    def retained_bytes(cls, rows: int, columns: int, tile: int, dtype: torch.dtype) -> int:
+        return rows * whole(columns) * dtype.itemsize + rows * accumulator_dtype(dtype).itemsize
+
+    def retained(self, plan: Plan, first: int, columns: int, buffer: Tensor) -> Retained | None:
+        if first >= plan.retained:
+            return None
+        dtype, padded = self.hidden.dtype, whole(plan.retained)
+        size = plan.rows * padded * dtype.itemsize
+        exps = buffer[:size].view(dtype).view(plan.rows, padded)[:, : plan.retained]
+        return Retained(exps, buffer[size : size + plan.rows * 4].view(torch.float32))
+
+    def backward_parts(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        return plan.parts(plan.vocab, plan.tile)
 
     def padded(self, columns: int, dtype: torch.dtype) -> Tensor:
         """An empty `[n, columns]`."""
@@ -82,58 +107,67 @@ class RowTiles(Tiles):
 
     def products(self, first: int, columns: int) -> Tensor:
         """`hidden @ weight[first : first + columns].T`, `[n, columns]` in float32."""
-        out, weight = self.padded(columns, torch.float32), self.weight[first : first + columns].T
-        if self.hidden.is_cuda and self.hidden.dtype != out.dtype:
-            return torch.mm(self.hidden, weight, out_dtype=out.dtype, out=out)
-        return torch.mm(self.hidden.float(), weight.float(), out=out)
+        out = self.padded(columns, torch.float32)
+        multiply(self.hidden, self.weight[first : first + columns].T, out)
+        return out
 
     @abstractmethod
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
         """`c exp(z - base)` times the softcap's slope, `values` at the entries: `[n, columns]` in hidden's dtype."""
 
     @abstractmethod
-    def enter_values(
-        self, first: int, columns: int, coefficients: Coefficients, retained: RetainedTile
-    ) -> AbstractContextManager[Tensor]:
-        """While it lasts, `factors[:, None] * retained.exps` is that gradient; gives the `factors [n]`."""
+    def exchange(self, matrix: Tensor, values: Tensor) -> None:
+        """Swaps `matrix [n, columns]` at the entries below `columns` with `values [n, M]`; of equal ids, the first."""
 
     @abstractmethod
     def column_sums(self, matrix: Tensor, factors: Tensor | None, out: Tensor) -> None:
         """`out[j] = sum_n factors[n] matrix[n, j]` in float32; `factors` None: all 1."""
 
     def backward(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: Retained | None
     ) -> None:
         if retained is None:
-            self.add_products(first, columns, self.logit_gradient(first, columns, coefficients), grads)
-        else:
-            self.retained_gradient(first, columns, coefficients, grads, retained)
-
-    def add_products(self, first: int, columns: int, dz: Tensor, grads: Grads) -> None:
-        """The tile's share of all gradients, from the gradient of its logits."""
-        if grads.hidden is not None:
-            accumulate(grads.hidden, dz, self.weight[first : first + columns])
-        self.head_gradient(first, columns, dz, self.hidden, None, grads)
-
-    def retained_gradient(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile
-    ) -> None:
-        """The same from retained exponentials: both products read them as they lie, with no pass over the tile."""
-        with self.enter_values(first, columns, coefficients, retained) as factors:
-            exps = retained.exps[:, :columns]
+            dz = self.logit_gradient(first, columns, coefficients)
             if grads.hidden is not None:
-                product = wide_mm(exps, self.weight[first : first + columns])
-                grads.hidden.addcmul_(product, factors[:, None])
+                multiply(dz, self.weight[first : first + columns], grads.hidden, add=True)
+            self.head_gradient(first, dz, self.hidden, None, grads)
+            return
+        with self.entered(coefficients, retained) as factors:
+            if grads.hidden is not None:  # all that is retained comes first
+                multiply(retained.exps, self.weight[:columns], grads.hidden)
+                grads.hidden.mul_(factors[:, None])
             scaled = self.hidden
             if grads.weight is not None:
-                scaled = (self.hidden * factors[:, None]).to(self.hidden.dtype)
-            self.head_gradient(first, columns, exps, scaled, factors, grads)
+                scaled = torch.mul(self.hidden, factors[:, None], out=torch.empty_like(self.hidden))
+            self.head_gradient(first, retained.exps, scaled, factors, grads)
 
-    def head_gradient(
-        self, first: int, columns: int, matrix: Tensor, hidden: Tensor, factors: Tensor | None, grads: Grads
-    ) -> None:
-        """The tile's rows of the gradients of weight and bias from `matrix [n, columns]`."""
+    def head_gradient(self, first: int, matrix: Tensor, hidden: Tensor, factors: Tensor | None, grads: Grads) -> None:
+        """The gradients of weight and bias at the columns of `matrix [n, columns]`."""
+        part = slice(first, first + matrix.shape[1])
         if grads.weight is not None:
-            rounded_mm(matrix.T, hidden, grads.weight[first : first + columns])
+            multiply(matrix.T, hidden, grads.weight[part])
         if grads.bias is not None:
-            self.column_sums(matrix, factors, grads.bias[first : first + columns])
+            self.column_sums(matrix, factors, grads.bias[part])
+
+    @contextmanager
+    def entered(self, coefficients: Coefficients, retained: Retained) -> Iterator[Tensor]:
+        """While it lasts, `factors[:, None] * exps` is the gradient of the logits; gives the `factors [n]`.
+
+        The factor is `c exp(bases - base)`, and the quotients `values / factor` take the entries' places. Where the
+        factor is tiny it is raised, so that the quotients stay finite and `hidden * factor` keeps its digits. What
+        this adds at other columns is at most `FLOOR` of the row's largest value: no exponential is above
+        `exp(base - bases)`, and none above `exp(REACH)`.
+        """
+        c, values = coefficients.c, coefficients.values
+        lift = (coefficients.base - retained.bases).exp()
+        largest = values.abs().amax(1)
+        least = (largest * FLOOR / lift.clamp(1.0, math.exp(REACH))).clamp(min=torch.finfo(c.dtype).tiny)
+        factors = c / lift
+        factors = torch.maximum(factors.abs(), least * (largest > 0)).copysign(factors)
+        # A factor of 0 is left where all values are 0 too.
+        outside = (values / factors.masked_fill(factors == 0, 1)[:, None]).to(retained.exps.dtype)
+        self.exchange(retained.exps, outside)
+        try:
+            yield factors
+        finally:
+            self.exchange(retained.exps, outside)  # a second backward reads the forward's exponentials

@@ -7,7 +7,7 @@ elsewhere (ATen's CPU product would round its result).
 import torch
 from torch import Tensor
 
-from .base import Best, Coefficients, Grads, RetainedTile, State, Tiles, accumulator_dtype
+from .base import Best, Coefficients, Grads, Retained, State, Tiles, accumulator_dtype
 
 WORKSPACE = 32 * 2**20  # bytes of one tile of logits
 
@@ -24,10 +24,6 @@ class TorchTiles(Tiles):
     @staticmethod
     def tile_columns(rows: int, width: int, dtype: torch.dtype) -> int:
         return max(256, min(16384, WORKSPACE // (accumulator_dtype(dtype).itemsize * max(1, rows)) // 256 * 256))
-
-    @staticmethod
-    def retained_shape(rows: int, columns: int) -> tuple[int, int]:
-        return columns, 1
 
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
@@ -51,7 +47,7 @@ class TorchTiles(Tiles):
             hit &= only
         return hit, local.where(hit, columns)
 
-    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
         logits = self.logits(first, columns)
         hit, column = self.columns_of(first, columns)
         padded = torch.cat([logits, logits.new_full((len(logits), 1), -torch.inf)], 1)
@@ -66,7 +62,7 @@ class TorchTiles(Tiles):
             retained.bases.copy_(base[:, None])
 
     def backward(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: Retained | None
     ) -> None:
         c, base = coefficients.c, coefficients.base
         if retained is None:

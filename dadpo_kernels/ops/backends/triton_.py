@@ -8,7 +8,6 @@ the chip and the logits do not. The gradient's products are cuBLAS's in both.
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 
@@ -16,15 +15,18 @@ import torch
 from torch import Tensor
 
 from ..head import Head
-from .base import Best, Coefficients, Entries, Grads, RetainedTile, State
-from .gpu_base import BASES, WORKSPACE, RowTiles, strip_bytes, whole
+from ..plan import Plan
+from .base import Best, Coefficients, Entries, Grads, Retained, State
+from .gpu_base import REACH, STEP, WORKSPACE, RowTiles, whole
 from .torch_ import TorchTiles, finite
 from .tuning import Config, choose
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_K = 2048  # of the radix select, which holds the best k in registers
-REACH = 30.0  # e^30 < 2^44: what a guessed base may be away from a tile's largest logit
+SPAN = 32768  # columns of a fused forward at a time, at most
+BLOCK_BYTES = 12  # of a row in a block of columns: its partial state, and where its entries begin
+PROBE = 1024  # columns that the first base is taken from
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -49,6 +51,12 @@ def kernels(name: str) -> ModuleType:
 
 def power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def span(rows: int) -> int:
+    """Columns of a fused forward at a time: its blocks of 64 columns must fit into the workspace."""
+    fitting = WORKSPACE // (BLOCK_BYTES * max(1, rows)) * 64
+    return max(STEP, min(SPAN, fitting) // STEP * STEP)
 
 
 def describe(matrix: Tensor, block: list[int]):
@@ -87,35 +95,15 @@ class TritonTiles(RowTiles):
             "num_warps": max(4, block // 512),
         }
 
-    def partials(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Maxima and sums `[groups, n]` of the softmax over groups of a tile's columns."""
-        maxima = torch.empty(groups, self.rows, dtype=torch.float32, device=self.hidden.device)
-        return maxima, torch.empty_like(maxima)
-
-    def absorb(
-        self,
-        maxima: Tensor,
-        sums: Tensor,
-        state: State,
-        retained: RetainedTile | None = None,
-        stale: Tensor | None = None,
-    ) -> None:
-        """Merges partial states into the running one; with `stale`, judges and replaces the guessed bases."""
-        bases = retained and retained.bases
-        self.kernels.absorb[(-(-self.rows // 32),)](
-            maxima, sums, self.rows, len(maxima), state.max, state.sum, bases, BASES, stale, REACH,
-            ROWS=32, GROUPS=power_of_2(len(maxima)),
-        )  # fmt: skip
-
-    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
+    def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
         with torch.cuda.device_of(self.hidden):
-            e, products, (maxima, sums) = self.entries, self.products(first, columns), self.partials(1)
-            store = (retained.exps, retained.exps.stride(0), retained.bases, BASES) if retained else (None, 0, None, 0)
-            self.kernels.statistics[(self.rows,)](
+            e, products = self.entries, self.products(first, columns)
+            store = (retained.exps, retained.exps.stride(0), retained.bases) if retained else (None, 0, None)
+            self.kernels.forward[(self.rows,)](
                 products, products.stride(0), columns, first, self.bias(first, columns), *self.transform,
-                e.ids, e.in_topk, e.ids.shape[1], state.selected, maxima, sums, *store, **self.shape(columns),
+                e.ids, e.in_topk, e.ids.shape[1], state.selected, state.max, state.sum, *store, REACH,
+                **self.shape(columns),
             )  # fmt: skip
-            self.absorb(maxima, sums, state)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
         e, products = self.entries, self.products(first, columns)
@@ -128,24 +116,17 @@ class TritonTiles(RowTiles):
         return dz
 
     def backward(
-        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: RetainedTile | None
+        self, first: int, columns: int, coefficients: Coefficients, grads: Grads, retained: Retained | None
     ) -> None:
         with torch.cuda.device_of(self.hidden):
             super().backward(first, columns, coefficients, grads, retained)
 
-    @contextmanager
-    def enter_values(
-        self, first: int, columns: int, coefficients: Coefficients, retained: RetainedTile
-    ) -> Iterator[Tensor]:
-        c, e, m = coefficients, self.entries, self.entries.ids.shape[1]
-        factors, saved = torch.empty_like(c.c), torch.empty_like(e.ids, dtype=retained.exps.dtype)
-        where = (retained.exps, retained.exps.stride(0), columns, first, e.ids, m)
-        block = {"ENTRIES": power_of_2(m), "num_warps": 1}
-        self.kernels.enter_values[(self.rows,)](
-            *where, c.c, c.base, c.values, retained.bases, BASES, factors, saved, **block
-        )
-        yield factors
-        self.kernels.restore[(self.rows,)](*where, saved, **block)
+    def exchange(self, matrix: Tensor, values: Tensor) -> None:
+        ids = self.entries.ids
+        self.kernels.exchange[(self.rows,)](
+            matrix, matrix.stride(0), matrix.shape[1], ids, values, ids.shape[1],
+            ENTRIES=power_of_2(ids.shape[1]), num_warps=1,
+        )  # fmt: skip
 
     def column_sums(self, matrix: Tensor, factors: Tensor | None, out: Tensor) -> None:
         columns = matrix.shape[1]
@@ -158,22 +139,20 @@ class TritonTiles(RowTiles):
             TorchTiles(self.hidden, self.head, self.entries).topk(first, columns, state, best)
             return
         with torch.cuda.device_of(self.hidden):
-            e, products, (maxima, sums) = self.entries, self.products(first, columns), self.partials(1)
+            e, products = self.entries, self.products(first, columns)
             kernels("topk").select[(self.rows,)](
                 products, products.stride(0), columns, first, self.bias(first, columns), *self.transform,
                 e.ids, e.ids.shape[1], state.selected, best.values, best.ids, best.values.stride(0),
-                min(best.k, first), min(best.k, first + columns), maxima, sums,
+                min(best.k, first), min(best.k, first + columns), state.max, state.sum,
                 BEST=power_of_2(best.k), **self.shape(columns),
             )  # fmt: skip
-            self.absorb(maxima, sums, state)
 
 
 class FusedTiles(TritonTiles):
     """Products computed in the kernels that consume them: of a tile of logits, only what is retained leaves the chip.
 
-    Retained exponentials need a base before the tile's maximum is known. It is guessed: the largest logit of the tail
-    so far, 0 before the first tile. bfloat16 and float32 have exponents to spare, so a guess serves within e^+-REACH;
-    a row whose guess did not is repaired with the maximum, which is known then.
+    Retained exponentials need a base before any logit is known. A few columns, computed twice, give one; a row whose
+    tail then rises by more than REACH above it is repaired with its largest logit, at the end.
     """
 
     def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
@@ -190,65 +169,95 @@ class FusedTiles(TritonTiles):
 
     @staticmethod
     def workspace_bytes(rows: int, columns: int, width: int, dtype: torch.dtype, grad_weight: bool) -> int:
-        # As above, without the tile of products.
-        strip = strip_bytes(columns, width, dtype) if grad_weight else 0
-        return rows * max(whole(columns) * dtype.itemsize, width * 4) + strip
+        # As above, without the tile of products; or what the forward of a span holds.
+        backward = rows * max(whole(columns), width if grad_weight else 0) * dtype.itemsize
+        return max(backward, span(rows) // 64 * BLOCK_BYTES * rows)
+
+    def forward_parts(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        return plan.parts(span(plan.rows), span(plan.rows))
 
     def starts(self, first: int, columns: int, block: int) -> Tensor:
         """`[blocks + 1, n]`: where each row's entries of each block of columns begin."""
-        edges = torch.arange(first, first + columns + block, block, device=self.hidden.device, dtype=torch.int32)
-        edges[-1] = first + columns
-        return torch.searchsorted(self.entries.ids, edges.repeat(self.rows, 1), out_int32=True).T.contiguous()
+        ids, edges = self.entries.ids, -(-columns // block) + 1
+        out = torch.empty(edges, self.rows, dtype=torch.int32, device=self.hidden.device)
+        kernels("fused").starts[(-(-self.rows // 32), -(-edges // 32))](
+            ids, self.rows, ids.shape[1], first, columns, block, out, ROWS=32, EDGES=32
+        )
+        return out
 
-    def launcher(self, kernel, config: Config, first: int, columns: int, *arguments) -> Callable[..., None]:
-        """All that a launch needs, made now; what is returned launches and does nothing else.
-
-        Arguments that it is called with follow `arguments`.
-        """
-        blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
+    def launcher(self, name: str, config: Config, first: int, columns: int, grid: tuple[int, ...], *arguments):
+        """All that a launch needs, made now; what is returned launches and does nothing else."""
         weight, width = self.weight[first : first + columns], self.hidden.shape[1]
         operands = [self.hidden, weight]
         if config.TMA:
             heights = (config.BLOCK_M, config.BLOCK_N)
             operands = [describe(t, [height, config.BLOCK_K]) for t, height in zip(operands, heights, strict=True)]
         return partial(
-            kernel[(blocks,)],
+            getattr(kernels("fused"), name)[grid],
             operands[0], self.hidden.stride(0), self.rows, operands[1], weight.stride(0), self.bias(first, columns),
-            columns, width, first, *self.transform, self.starts(first, columns, config.BLOCK_N), self.entries.ids,
-            *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
+            columns, width, *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
         )  # fmt: skip
 
-    def forward(self, first: int, columns: int, state: State, retained: RetainedTile | None) -> None:
-        stale = torch.empty(self.rows, dtype=torch.int8, device=self.hidden.device) if retained else None
-        if retained:
-            retained.bases.copy_(finite(state.max)[:, None])
-        store = (retained.exps, retained.exps.stride(0), retained.bases, BASES) if retained else (None, 0, None, 0)
+    def by_blocks(self, name: str, config: Config, first: int, columns: int, *arguments) -> Callable[[], None]:
+        """A launch of a kernel with a program for each block of the product; entries and transform are added."""
+        blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
+        ids = self.entries.ids
+        starts = self.starts(first, columns, config.BLOCK_N)
+        return self.launcher(
+            name, config, first, columns, (blocks,), first, *self.transform, starts, ids, ids.shape[1], *arguments
+        )
 
-        def prepare(config: Config) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor | None], None]]:
-            parts = self.partials(-(-columns // config.BLOCK_N))
-            entries = self.entries.ids.shape[1]
-            kernel = kernels("forward").statistics
-            return parts, self.launcher(
-                kernel, config, first, columns, self.drop, entries, state.selected, *parts, *store
+    def partial_states(
+        self, first: int, columns: int, state: State, retained: Retained | None
+    ) -> tuple[Tensor, Tensor]:
+        """Maxima and sums `[blocks of columns, n]` of the tail; entries' logits and exponentials are stored."""
+        store: tuple = (None, 0, None)
+        if retained:
+            exps = retained.exps[:, first : first + columns]
+            store = (exps, exps.stride(0), retained.bases)
+
+        def prepare(config: Config) -> tuple[Tensor, Callable[[], None]]:
+            blocks = -(-columns // config.BLOCK_N)
+            parts = torch.empty(2, blocks, self.rows, dtype=torch.float32, device=self.hidden.device)
+            return parts, self.by_blocks("forward", config, first, columns, self.drop, state.selected, *parts, *store)
+
+        kernel = "retain" if retained else "forward"
+        parts, launch = prepare(choose(kernel, self.hidden, self.softcap, self.tma, lambda c: prepare(c)[1]))
+        launch()
+        return parts[0], parts[1]
+
+    def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
+        with torch.cuda.device_of(self.hidden):
+            if retained and first == 0:
+                maxima, _ = self.partial_states(0, min(columns, PROBE), state, None)
+                retained.bases.copy_(finite(maxima.amax(0)))
+            maxima, sums = self.partial_states(first, columns, state, retained)
+            kernels("fused").merge[(-(-self.rows // 32),)](
+                maxima, sums, self.rows, len(maxima), state.max, state.sum, ROWS=32, GROUPS=32
+            )
+            if retained and first + columns == retained.exps.shape[1]:
+                self.repair(state.max, retained)
+
+    def repair(self, maxima: Tensor, retained: Retained) -> None:
+        """Where the tail of the retained columns rose too far above the base, its largest logit is the base."""
+        exps, before = retained.exps, retained.bases
+        bases = torch.where((maxima - before).abs() > REACH, finite(maxima), before)
+
+        def prepare(config: Config) -> Callable[[], None]:
+            grid = -(-self.rows // config.BLOCK_M), 8
+            return self.launcher(
+                "repair", config, 0, exps.shape[1], grid, *self.transform, exps, exps.stride(0), before, bases
             )
 
-        with torch.cuda.device_of(self.hidden):
-            name = "retain" if retained else "statistics"
-            config = choose(name, self.hidden, self.softcap, self.tma, lambda c: partial(prepare(c)[1], None))
-            (maxima, sums), launch = prepare(config)
-            launch(None)
-            self.absorb(maxima, sums, state, retained, stale)
-            if retained:
-                launch(stale)
+        prepare(choose("retain", self.hidden, self.softcap, self.tma, prepare))()
+        before.copy_(bases)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
         dz = self.padded(columns, self.hidden.dtype)
+        c = coefficients
 
         def prepare(config: Config) -> Callable[[], None]:
-            return self.launcher(
-                kernels("backward").logit_gradient, config, first, columns, self.entries.ids.shape[1],
-                coefficients.c, coefficients.base, coefficients.values, dz, dz.stride(0),
-            )  # fmt: skip
+            return self.by_blocks("logit_gradient", config, first, columns, c.c, c.base, c.values, dz, dz.stride(0))
 
         prepare(choose("gradient", self.hidden, self.softcap, self.tma, prepare))()
         return dz

@@ -57,7 +57,7 @@ HOPPER = [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described, PAIRED, TALL
 
 # By kernel and compute capability's major; later chips get the last.
 CONFIGS = {
-    "statistics": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
+    "forward": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
     "retain": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [NARROW, NARROW.described, SQUARE, SQUARE.described]},
     "gradient": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
 }
@@ -66,7 +66,7 @@ CONFIGS = {
 def candidates(
     kernel: str, major: int, dtype: torch.dtype, width: int, *, tma: bool = True, shared: int = 2**31
 ) -> list[Config]:
-    """The list of one kernel ("statistics", "retain" or "gradient"), the fixed choice first.
+    """The list of one kernel ("forward", "retain" or "gradient"), the fixed choice first.
 
     float32 is three products of its halves, and a width that no depth divides takes masks: both want registers.
 

@@ -71,10 +71,5 @@ def load(path: Path) -> ModuleType:
 class HostTiles(CudaTiles):
     """The backend itself, on CPU tensors."""
 
-    blocks = 1
-
     def queue(self):
         return self.module.Queue(0, 0)
-
-    def busy_blocks(self) -> int:
-        return self.blocks

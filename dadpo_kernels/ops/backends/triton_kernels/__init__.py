@@ -2,5 +2,5 @@
 
 - `logits`: device functions that all kernels share.
 - `rows`, `topk`: row passes over a tile of products in memory, one program per row.
-- `product`, `forward`, `backward`: kernels that compute the products with `tl.dot` and never store a logit.
+- `product`, `fused`: kernels that compute the products with `tl.dot` and never store a logit.
 """

@@ -1,7 +1,7 @@
 """One tile of `hidden @ weight.T` with `tl.dot`, and the range of each row's entries inside it.
 
-A program computes `BLOCK_M` rows by `BLOCK_N` columns. The logits stay in registers; the kernels in `forward` and
-`backward` consume them and write only their results to memory.
+A program computes `BLOCK_M` rows by `BLOCK_N` columns. The logits stay in registers; the kernels in `fused`
+consume them and write only their results to memory.
 """
 
 import triton

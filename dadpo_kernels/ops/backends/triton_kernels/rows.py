@@ -49,18 +49,43 @@ def store_selected(
     tl.store(selected + entry, transform(product, scale, softcap, inv_temperature, SOFTCAP), mask=hit)
 
 
+@triton.jit
+def absorb(maximum, total, state_max, state_sum):
+    """Merges `(maximum, total)` into a row's running softmax state, its sum in float64; returns the maximum before."""
+    before = tl.load(state_max)
+    merged = tl.maximum(before, maximum)
+    kept = tl.load(state_sum) * tl.exp(before - finite(merged)).to(tl.float64)
+    tl.store(state_max, merged)
+    tl.store(state_sum, kept + total.to(tl.float64) * tl.exp(maximum - finite(merged)).to(tl.float64))
+    return before
+
+
+@triton.jit
+def rebase(exps, first, base, largest, BLOCK: tl.constexpr):
+    """Makes the row's exponentials before column `first` relative to `largest` instead of `base`."""
+    factor = tl.exp(base - largest)
+    for start in range(0, first, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        e = tl.load(exps + column, mask=column < first, other=0.0).to(tl.float32)
+        tl.store(exps + column, (e * factor).to(exps.dtype.element_ty), mask=column < first)
+
+
 @triton.jit(do_not_specialize=["first", "entries"])
-def statistics(
+def forward(
     products, stride, columns, first,  # [rows, columns] float32; row stride in elements
     bias, scale, softcap, inv_temperature,  # [columns] or None; floats
     ids, in_topk, entries,  # [rows, entries] int32 (ascending along a row) and bool
     selected,  # [rows, entries] float32 written: the entries' logits
-    part_max, part_sum,  # [rows] float32 written: softmax state of the columns outside the top k
-    exps, exps_stride,  # [rows, columns] written, operands' dtype; row stride in elements; None: do not retain
-    bases, bases_stride,  # [rows] float32 written: the exponentials' reference; stride in elements
+    state_max, state_sum,  # [rows] float32 and float64 updated: softmax state of the columns outside the top k
+    exps, exps_stride,  # [rows, >= first + columns] written, operands' dtype; row stride in elements; or None
+    bases, reach,  # [rows] float32 updated: the exponentials' reference; what the tail may rise above it
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,  # powers of two, at least columns and entries
 ):  # fmt: skip
-    """The softmax state of the tile's tail, the entries' logits and, optionally, the retained exponentials."""
+    """Adds the tile's tail to the softmax state; stores the entries' logits and, optionally, the exponentials.
+
+    A row's base is the largest logit of the first tile that has any. Where a later one rises above it by more than
+    `reach`, which is rare, it becomes the base, and the row's exponentials so far follow.
+    """
     # Load the logits, store those of the entries, and mask the top-k ids out of the tail.
     row = tl.program_id(0).to(tl.int64)
     products += row * stride
@@ -75,55 +100,24 @@ def statistics(
     for entry in range(begin, end):
         masked = tl.load(in_topk + row * entries + entry) != 0
         z = tl.where((column == tl.load(ids + entry) - first) & masked, float("-inf"), z)
-    # The tail's state, and its exponentials relative to the tile's maximum.
+    # The tail's state, from exponentials relative to the tile's maximum.
     largest = tl.max(z, 0)
     e = tl.exp(z - finite(largest))
-    tl.store(part_max + row, largest)
-    tl.store(part_sum + row, tl.sum(e, 0))
+    before = absorb(largest, tl.sum(e, 0), state_max + row, state_sum + row)
+    # Relative to the row's base, they are retained.
     if exps is not None:
+        exps += row * exps_stride
+        base = tl.load(bases + row)
+        empty = before == float("-inf")
+        if empty | (largest > base + reach):
+            if not empty:
+                rebase(exps, first, base, largest, BLOCK)
+            base = finite(largest)
+            tl.store(bases + row, base)
+        e *= tl.exp(tl.minimum(finite(largest) - base, reach))  # the minimum where nothing is finite: 0 * inf is NaN
         if SOFTCAP:
             e *= slope(z, softcap, inv_temperature)
-        tl.store(exps + row * exps_stride + column, e.to(exps.dtype.element_ty), mask=column < columns)
-        tl.store(bases + row * bases_stride, largest)
-
-
-@triton.jit(do_not_specialize=["rows", "groups"])
-def absorb(
-    part_max, part_sum,  # [groups, rows] float32 partial states of the tile
-    rows, groups,
-    state_max, state_sum,  # [rows] float32 and float64, updated
-    bases, bases_stride,  # [rows] float32, updated where the guess failed; stride in elements
-    stale,  # [rows] int8 written: 1 where the exponentials must be rewritten; None: no guesses to check
-    reach,  # largest acceptable |guess - maximum|
-    ROWS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Merges a tile's partial softmax states into the running state, in a fixed order.
-
-    With `stale`, the tile was stored as `exp(z - bases)` with guessed bases. A guess is kept if the tile's largest
-    logit lies within `reach` of it. Otherwise that logit becomes the base and the row is marked. A row whose tail is
-    all -inf gets base -inf and is not marked: its exponentials are 0 already.
-    """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = tl.arange(0, GROUPS)
-    ok = (row < rows)[None, :] & (group < groups)[:, None]
-    at = group.to(tl.int64)[:, None] * rows + row[None, :]
-    maxima = tl.load(part_max + at, mask=ok, other=float("-inf"))
-    sums = tl.load(part_sum + at, mask=ok, other=0.0)
-    # Online softmax merge. The sum is accumulated in float64 across tiles.
-    largest = tl.max(maxima, 0)
-    before = tl.load(state_max + row, mask=row < rows, other=float("-inf"))
-    merged = tl.maximum(before, largest)
-    weight = tl.exp(maxima - finite(merged)[None, :])  # 0 for a group that is all -inf
-    total = tl.load(state_sum + row, mask=row < rows, other=0.0) * tl.exp(before - finite(merged)).to(tl.float64)
-    total += tl.sum(sums.to(tl.float64) * weight.to(tl.float64), 0)
-    tl.store(state_max + row, merged, mask=row < rows)
-    tl.store(state_sum + row, total, mask=row < rows)
-    if stale is not None:
-        base = tl.load(bases + row.to(tl.int64) * bases_stride, mask=row < rows, other=0.0)
-        serves = tl.abs(largest - base) <= reach
-        empty = largest == float("-inf")
-        tl.store(stale + row, (~(serves | empty)).to(tl.int8), mask=row < rows)
-        tl.store(bases + row.to(tl.int64) * bases_stride, tl.where(serves, base, largest), mask=row < rows)
+        tl.store(exps + first + column, e.to(exps.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["first", "entries"])
@@ -150,54 +144,25 @@ def logit_gradient(
     tl.store(dz + row * dz_stride + column, d.to(dz.dtype.element_ty), mask=column < columns)
 
 
-@triton.jit
-def distinct_hits(ids, first, columns, entries, ENTRIES: tl.constexpr):
-    """`(entry, column, hit)` `[ENTRIES]`: the row's entries in this tile.
-
-    Only the first of equal ids is a hit, so no two lanes write the same column.
-    """
-    entry = tl.arange(0, ENTRIES)
-    id = tl.load(ids + entry, mask=entry < entries, other=-1)
-    previous = tl.load(ids + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
-    return entry, id - first, (id >= first) & (id < first + columns) & (id != previous)
-
-
-@triton.jit(do_not_specialize=["first", "entries"])
-def enter_values(
-    exps, exps_stride, columns, first,  # [rows, columns] operands' dtype, edited in place; row stride in elements
-    ids, entries,  # [rows, entries] int32, ascending along a row
-    c, base, values,  # [rows], [rows], [rows, entries] float32
-    bases, bases_stride,  # [rows] float32 that the exponentials are relative to; stride in elements
-    factors, saved,  # [rows] float32 and [rows, entries] of the exponentials' dtype, written
+@triton.jit(do_not_specialize=["columns", "entries"])
+def exchange(
+    matrix, stride, columns,  # [rows, columns] edited in place; row stride in elements
+    ids, values, entries,  # [rows, entries] int32, ascending along a row, and the matrix's dtype, edited in place
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Makes `factors[n] * exps[n]` the gradient of the logits: writes `values / factor` at the entries.
+    """Swaps the matrix at the ids below `columns` with the values: called twice, it undoes itself.
 
-    The overwritten exponentials go to `saved`. The factor is `c exp(bases - base)`. Where it is tiny relative to the
-    values, it is raised to 2^-100 of the largest, so that the quotients stay finite. This overstates the gradient at
-    the other columns, but their exponentials are below 2^44 (see REACH in `triton_.py`), so it stays below 2^-56 of
-    that value.
+    Of equal ids only the first takes part, so no two lanes write the same column.
     """
     row = tl.program_id(0).to(tl.int64)
-    entry, column, hit = distinct_hits(ids + row * entries, first, columns, entries, ENTRIES)
-    value = tl.load(values + row * entries + entry, mask=hit, other=0.0)
-    factor = tl.load(c + row) * tl.exp(tl.load(bases + row * bases_stride) - tl.load(base + row))
-    least = tl.max(tl.abs(value), 0) * 7.888609052210118e-31  # 2^-100
-    factor = tl.where(tl.abs(factor) < least, tl.where(factor < 0, -least, least), factor)
-    tl.store(factors + row, factor)
-    at = exps + row * exps_stride + column
-    tl.store(saved + row * entries + entry, tl.load(at, mask=hit, other=0.0), mask=hit)
-    quotient = tl.where(value == 0, 0.0, value / factor)
-    tl.store(at, quotient.to(exps.dtype.element_ty), mask=hit)
-
-
-@triton.jit(do_not_specialize=["first", "entries"])
-def restore(exps, exps_stride, columns, first, ids, entries, saved, ENTRIES: tl.constexpr):
-    """Undoes `enter_values` (same arguments), so that a second backward reads the forward's exponentials."""
-    row = tl.program_id(0).to(tl.int64)
-    entry, column, hit = distinct_hits(ids + row * entries, first, columns, entries, ENTRIES)
-    value = tl.load(saved + row * entries + entry, mask=hit, other=0.0)
-    tl.store(exps + row * exps_stride + column, value, mask=hit)
+    entry = tl.arange(0, ENTRIES)
+    id = tl.load(ids + row * entries + entry, mask=entry < entries, other=-1)
+    previous = tl.load(ids + row * entries + entry - 1, mask=(entry > 0) & (entry < entries), other=-1)
+    hit = (id >= 0) & (id < columns) & (id != previous)
+    inside, outside = matrix + row * stride + id, values + row * entries + entry
+    before = tl.load(inside, mask=hit, other=0.0)
+    tl.store(inside, tl.load(outside, mask=hit, other=0.0), mask=hit)
+    tl.store(outside, before, mask=hit)
 
 
 @triton.jit(do_not_specialize=["rows"])

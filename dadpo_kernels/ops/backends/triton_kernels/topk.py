@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .logits import finite
-from .rows import row_logits, store_selected
+from .rows import absorb, row_logits, store_selected
 
 LEAST = tl.constexpr(-2147483648)  # below the key of -inf
 
@@ -28,10 +28,10 @@ def select(
     ids, entries, selected,  # [rows, entries] int32, ascending along a row; [rows, entries] float32 written
     best_values, best_ids, capacity,  # [rows, capacity] float32 and int32, updated in place, ids ascending
     have, keep,  # number of kept logits before and after this tile
-    part_max, part_sum,  # [rows] float32 written
+    state_max, state_sum,  # [rows] float32 and float64, updated
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, BEST: tl.constexpr,  # powers of two
 ):  # fmt: skip
-    """Keeps the `keep` largest of the `have` kept logits and the tile; `part_*` get the softmax state of the rest.
+    """Keeps the `keep` largest of the `have` kept logits and the tile; the rest joins the softmax state.
 
     The update in place is safe: a program owns its row and reads all kept logits before its first store.
     """
@@ -76,8 +76,7 @@ def select(
     old_out = tl.where(old_kept != 0, float("-inf"), old)
     largest = tl.maximum(tl.max(z_out, 0), tl.max(old_out, 0))
     total = tl.sum(tl.exp(z_out - finite(largest)), 0) + tl.sum(tl.exp(old_out - finite(largest)), 0)
-    tl.store(part_max + row, largest)
-    tl.store(part_sum + row, total)
+    absorb(largest, total, state_max + row, state_sum + row)
     # The kept logits, previously kept ones first: ids stay ascending.
     tl.store(best_values + old_place, old, mask=old_kept != 0)
     tl.store(best_ids + old_place, old_id, mask=old_kept != 0)
