@@ -39,6 +39,15 @@ tanh, slope, finite = (gluon.jit(f.fn) for f in (logits.tanh, logits.slope, logi
 
 
 @gluon.jit
+def transform(products, scale, softcap, inv_temperature, SOFTCAP: gl.constexpr):
+    """As `logits.transform`, which would call Triton's tanh."""
+    if SOFTCAP:
+        return tanh(products * (scale / softcap)) * (softcap * inv_temperature)
+    else:
+        return products * (scale * inv_temperature)
+
+
+@gluon.jit
 def place(tile, row_blocks, column_blocks, GROUP: gl.constexpr):
     """`(row block, column block)` of a tile, in the order of `product.place`."""
     first = tile // (GROUP * column_blocks) * GROUP
@@ -101,6 +110,7 @@ def begin(
     """The ring `(a [STAGES, BLOCK_M, BLOCK_K], b [STAGES, BLOCK_N, BLOCK_K], their barriers)`, with the first tile's
     first slices on their way.
     """
+    gl.static_assert(STAGES > 1)
     a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, BLOCK_K], hidden_desc.layout)
     b = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -118,7 +128,7 @@ def begin(
 
 @gluon.jit
 def multiply(
-    hidden_desc, weight_desc, row_block, column_block, next_row_block, next_column_block, more,  # more: there is a next
+    hidden_desc, weight_desc, row_block, column_block, next_row_block, next_column_block, more,  # is there a next
     a, b, full, count, steps,  # the ring, the number of this tile's first slice, slices of a tile
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -146,9 +156,9 @@ def multiply(
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
-# A tile is consumed as [BLOCK_M, BLOCK_N / 8, 8]: a thread holds all groups of eight columns, and the same two of each.
-# So a column's number is a constant of the code and something small. Of [BLOCK_N] numbers, the compiler keeps 64 in
-# registers over the product, and spills.
+# A tile is consumed as [BLOCK_M, BLOCK_N / 8, 8]: a thread holds all groups of eight columns, and two lanes of each.
+# So a column's number is a constant in the code and one of two numbers in registers. Of [BLOCK_N] numbers the compiler
+# keeps 64 in registers over the product, and spills.
 
 
 @gluon.jit
@@ -198,10 +208,7 @@ def logit_tile(
     inside = group < (columns - first - lane + 7) >> 3
     if bias is not None:
         z += gl.load(bias + first + lane + 8 * group, mask=inside, other=0.0).to(gl.float32)
-    if SOFTCAP:  # as `logits.transform`, whose tanh is not this one
-        z = tanh(z * (scale / softcap)) * (softcap * inv_temperature)
-    else:
-        z = z * (scale * inv_temperature)
+    z = transform(z, scale, softcap, inv_temperature, SOFTCAP)
     return row, group, lane, gl.where(inside, z, float("-inf"))
 
 
@@ -211,10 +218,10 @@ def store_tile(
 ):  # fmt: skip
     """Starts to store `[BLOCK_M, BLOCK_N / 8, 8]` in bfloat16, through `out`, where `desc` has the tile.
 
-    What a thread stores to shared memory becomes visible to TMA by its fence. All threads have passed theirs when one
-    starts the copy: this barrier says so, and so would Triton's `Membar.cpp`, which puts one between a store to a
+    What a thread stores to shared memory becomes visible to TMA by its fence. All threads have passed theirs when some
+    start the copies: this barrier says so, and so would Triton's `Membar.cpp`, which puts one between a store to a
     buffer and a copy from it. The same file puts one after `store_wait` ("If the current op is an async wait and the
-    next op is not a barrier we insert a barrier op and sync"): only the thread that started a copy waits for it.
+    next op is not a barrier we insert a barrier op and sync"): only the threads that started copies wait for them.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     tile = gl.convert_layout(gl.reshape(tile.to(gl.bfloat16), (BLOCK_M, BLOCK_N)), layout)
@@ -356,7 +363,7 @@ def hopper_logit_gradient(
             entry = wide_row * entries + begins + step
             live = begins + step < ends
             hit = at_column(gl.load(ids + entry, mask=live, other=-1) - block_first, group, lane)
-            d = gl.where(hit & per_row(live), per_row(gl.load(values + entry, mask=live, other=0.0)), d)
+            d = gl.where(hit, per_row(gl.load(values + entry, mask=live, other=0.0)), d)
         store_tile(d, dz_desc, row_block, column_block, out, BLOCK_M, BLOCK_N)
         row_block, column_block = next_row_block, next_column_block
     tma.store_wait(0)  # shared memory must outlive its last reader
@@ -400,7 +407,7 @@ def launcher(
         stored: [rows, columns] to be written, exponentials or gradient; None: the forward retains nothing.
         arguments: the kernel's, from `rows` on.
         programs: as many as the device has multiprocessors, unless it is said.
-        options: STAGES, GROUP, SOFTCAP, and num_warps, which is BLOCK_M / 16.
+        options: STAGES, GROUP, SOFTCAP, and num_warps.
     """
     if programs is None:
         programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count
