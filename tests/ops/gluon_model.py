@@ -115,7 +115,10 @@ class Transposed:
 
 
 class MBarrier:
-    """Phases that have been completed, and the loads of the one that has not."""
+    """Phases that have been completed, and the loads of the one that has not.
+
+    `state`: written, fenced; ready for the next phase; waited for, until a barrier says that all warps have.
+    """
 
     def __init__(self) -> None:
         self.state, self.completed, self.expected, self.loads = "none", 0, 0, []
@@ -162,7 +165,7 @@ class Machine:
         return Ring(parts) if len(shape) == 3 else parts[0]
 
     def barrier(self) -> None:
-        free = {"read": "free", "fenced": "ready"}
+        free = {"read": "free", "fenced": "ready", "waited for": "ready"}
         for part in self.buffers + self.barriers:
             part.state = free.get(part.state, part.state)
 
@@ -188,7 +191,7 @@ class Machine:
         assert sum(2 * buffer.data.size for *_, buffer in bar.loads) == bar.expected
         for desc, at, buffer in bar.loads:
             buffer.data[...], buffer.state, buffer.source = desc.read(*at), "loaded", (desc, *at)
-        bar.completed, bar.expected, bar.loads = bar.completed + 1, 0, []
+        bar.completed, bar.expected, bar.loads, bar.state = bar.completed + 1, 0, [], "waited for"
         self.waits += 1
 
     # TMA.
@@ -255,7 +258,7 @@ class Machine:
             sum=lambda x, axis: block(np.sum(x, axis)), max=lambda x, axis: block(np.max(x, axis)),
             exp=lambda x: block(np.exp(x)), abs=lambda x: block(np.abs(x)),
             expand_dims=lambda x, axis: block(np.expand_dims(x, axis)),
-            reshape=lambda x, shape: block(np.reshape(x, shape)), convert_layout=lambda x, layout: x,
+            reshape=lambda x, shape: block(np.reshape(x, shape)), convert_layout=lambda x, layout, assert_trivial: x,
         )  # fmt: skip
 
     def globals(self, module: ModuleType) -> dict:

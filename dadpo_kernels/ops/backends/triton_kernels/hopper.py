@@ -5,9 +5,9 @@ operands, BLOCK_K deep, into a ring of STAGES buffers in shared memory, `STAGES 
 a tile's logits are being consumed, the first slices of the next tile arrive. What is stored in bfloat16 leaves through
 shared memory, by TMA as well, and beside the next tile's product.
 
-Triton's own pipeliner neither loads under an epilogue nor takes 128 x 256 blocks without spills. Here all that the
-compiler would decide is written down: layouts, buffers and their hand-over. Triton's interpreter does not run Gluon;
-the tests execute this source with a stand-in for Gluon that checks every hand-over.
+In the kernels of `forward` and `backward`, a program loads nothing while it consumes its tile, and the compiler chooses
+layouts and buffers. Here these are written down, and so is each hand-over of a buffer. Triton's interpreter does not
+run Gluon; the tests execute this source with a stand-in for Gluon that checks every hand-over.
 """
 
 from collections.abc import Callable, Sequence
@@ -224,7 +224,7 @@ def store_tile(
     next op is not a barrier we insert a barrier op and sync"): only the threads that started copies wait for them.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
-    tile = gl.convert_layout(gl.reshape(tile.to(gl.bfloat16), (BLOCK_M, BLOCK_N)), layout)
+    tile = gl.convert_layout(gl.reshape(tile.to(gl.bfloat16), (BLOCK_M, BLOCK_N)), layout, assert_trivial=True)
     tma.store_wait(0)  # the last tile has been read from `out`
     barrier()
     out.store(tile)
