@@ -5,7 +5,7 @@ operands, BLOCK_K deep, into a ring of STAGES buffers in shared memory, `STAGES 
 a tile's logits are being consumed, the first slices of the next tile arrive. What is stored in bfloat16 leaves through
 shared memory, by TMA as well, and beside the next tile's product.
 
-In the kernels of `forward` and `backward`, a program loads nothing while it consumes its tile, and the compiler chooses
+In `forward` and `backward`, a program loads nothing while it consumes its tile, and the compiler chooses the
 layouts and buffers. Here these are written down, and so is each hand-over of a buffer. Triton's interpreter does not
 run Gluon; the tests execute this source with a stand-in for Gluon that checks every hand-over.
 """
