@@ -182,6 +182,8 @@ def busy_loops(code: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
             start = where[int(target[1], 16)]
             if not any(text.startswith("EXIT") for _, text in code[start : end + 1]):
                 ends[start] = end
+    # Where an outer loop's branch decides on the exit, only this tells: the second attempt jumps into a loop's middle.
+    ends = {a: b for a, b in ends.items() if not any(c < a <= d < b for c, d in ends.items())}
     products = {a: b for a, b in ends.items() if has_product(code[a : b + 1])}
 
     def within(a: int, b: int, others: dict[int, int]) -> bool:

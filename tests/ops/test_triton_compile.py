@@ -133,6 +133,14 @@ def test_the_loop_is_between_a_branch_back_and_its_target():
     assert local_accesses(loop) == 1
 
 
+def test_a_jump_into_a_loop_closes_none():
+    """As from behind a persistent kernel's exit, which depends on whether there is another tile."""
+    text = PIPELINED.replace("                   EXIT", "               @P0 EXIT")
+    assert "@P0 EXIT" in text
+    (loop,) = busy_loops(instructions_of(text))
+    assert (loop[0][0], loop[-1][0]) == (0xDC0, 0x12F0)
+
+
 def test_a_wait_after_every_wgmma_is_found():
     assert waits_after_each(*busy_loops(instructions_of(SERIALISED)))
     assert not waits_after_each(*busy_loops(instructions_of(PIPELINED)))
