@@ -1,4 +1,4 @@
-"""What the GPU backends share: how a weight gradient is rounded, and what a pass holds in memory."""
+"""What the GPU backends share: how products are rounded, and what a pass holds in memory."""
 
 import pytest
 import torch
@@ -15,16 +15,35 @@ SHAPES = {
 }
 
 
-def test_weight_gradient_is_rounded_once(monkeypatch):
-    """In strips, and as if the whole product had been made in float32."""
-    monkeypatch.setattr(gpu_base, "STRIP", 1)
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [False, True])
+def test_products_are_rounded_once(out, add):
+    """As if the whole had been made in float32, and the sum too."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(700, 50, generator=g).bfloat16(), torch.randn(50, 24, generator=g).bfloat16()
-    out = torch.full((700, 24), torch.nan, dtype=torch.bfloat16)
-    gpu_base.rounded_mm(a, b, out)
-    exact = a.double() @ b.double()
-    assert ((out - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
-    assert exact.abs().min() > 0
+    c = torch.randn(700, 24, generator=g).to(out)
+    exact = a.double() @ b.double() + c.double() * add
+    gpu_base.multiply(a, b, c, add=add)
+    assert ((c - exact).abs() <= torch.finfo(out).eps / 2 * exact.abs() + 1e-5).all()
+    assert exact.abs().max() > 1
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+@pytest.mark.parametrize("before", [(True, True), (False, True), (False, False)])
+def test_long_sums_are_not_split(dtype, kind, before):
+    """While a narrow result is made, whatever the user has set, who gets it back: also after an error."""
+    matmul, name = torch.backends.cuda.matmul, f"allow_{kind}_reduced_precision_reduction"
+    state = (getattr(matmul, name), getattr(matmul, f"{name}_split_k"))
+    try:
+        setattr(matmul, name, before)
+        with pytest.raises(ZeroDivisionError), gpu_base.unsplit_sums(dtype):
+            assert not getattr(matmul, name)
+            raise ZeroDivisionError
+        assert (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) == before
+        with gpu_base.unsplit_sums(torch.float32):
+            assert getattr(matmul, name) == before[0]
+    finally:
+        setattr(matmul, name, state)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton_rows", "triton"])

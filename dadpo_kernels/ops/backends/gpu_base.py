@@ -46,17 +46,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 @contextmanager
 def unsplit_sums(dtype: torch.dtype) -> Iterator[None]:
     """cuBLAS does not split a long sum and round its parts, which a switch of PyTorch's allows it by default."""
-    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if dtype not in kinds:
+    matmul, kinds = torch.backends.cuda.matmul, {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    name = f"allow_{kinds[dtype]}_reduced_precision_reduction" if dtype in kinds else None
+    if name is None or not getattr(matmul, name):
         yield
         return
-    matmul, name = torch.backends.cuda.matmul, f"allow_{kinds[dtype]}_reduced_precision_reduction"
-    before = getattr(matmul, name), getattr(matmul, f"{name}_split_k")
     setattr(matmul, name, False)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        setattr(matmul, name, True)
 
 
 def whole(columns: int) -> int:
