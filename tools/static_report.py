@@ -46,7 +46,7 @@ SOURCES = {
 COMMITTED = ROOT / "tools/static.json"
 COMPILERS = ("3.6.0", "3.9.0")  # Tritons: PyTorch 2.11's, and the newest
 CUDA = "CUDA C++"
-FUSED = ("fused.forward", "fused.repair", "fused.logit_gradient")
+FUSED = {"forward": "forward", "retain": "forward", "gradient": "logit_gradient", "repair": "repair"}  # by `CONFIGS`
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
 VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, ragged width": (True, 72)}
@@ -73,29 +73,27 @@ def compile_rows(chip: Chip, dtype: torch.dtype, columns: int, variant: str) -> 
 def compile_fused(
     chip: Chip, dtype: torch.dtype, variant: str, kernel: str, config: tuning.Config
 ) -> Iterator[Compiled]:
-    """A fused kernel of `tuning` in one configuration; with that which retains, its repair."""
+    """A fused kernel of `tuning` in one configuration."""
     # float32 is computed in pieces, which not every chip's newest unit takes.
     instructions = (chip.matrix_instruction,) if dtype != torch.float32 else ()
     instructions += ("cp.async.bulk.tensor",) if config.TMA else ()
-    with offline.compiling(chip.capability) as compiled, mock.patch.object(triton_, "choose", return_value=config):
-        one_pass(problem(triton_.FusedTiles, dtype, 512, variant), kernel)
-    for name, code in compiled.values():
-        # Before it retains, the kernel probes: that is the one which does not.
-        if name in FUSED and (kernel != "retain" or retains(name, code)):
-            yield inspect_triton(
-                chip, code, instructions, name=f"{name}: {kernel}", dtype=label(dtype), variant=variant,
-                config=str(config),
-            )  # fmt: skip
+    tiles = problem(triton_.FusedTiles, dtype, 512, variant)
 
+    def chosen(name: str, *_) -> tuning.Config:
+        return config if name == kernel else listed(chip, name, dtype, variant)[0]
 
-def retains(name: str, code: Any) -> bool:
-    """Whether it writes exponentials."""
-    return name != "fused.forward" or code.src.signature["exps"] != "constexpr"
+    with mock.patch.object(triton_, "choose", chosen), offline.compiling(chip.capability) as compiled:
+        one_pass(tiles, kernel)
+    wanted = f"{'hopper' if config.PERSISTENT else 'fused'}.{FUSED[kernel]}"
+    *_, code = (code for name, code in compiled.values() if name == wanted)  # the last: one that retains probes first
+    yield inspect_triton(
+        chip, code, instructions, name=f"{wanted}: {kernel}", dtype=label(dtype), variant=variant, config=str(config)
+    )
 
 
 def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[tuning.Config]:
-    """The configurations that a call on this chip chooses from."""
-    return tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
+    """The configurations that a call on this chip chooses from, and those that no GPU has met yet."""
+    return tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1], unproven=True)
 
 
 def one_pass(tiles: RowTiles, name: str) -> None:
@@ -106,6 +104,10 @@ def one_pass(tiles: RowTiles, name: str) -> None:
         tiles.logit_gradient(0, columns, Coefficients(state.max, state.max, state.selected))
         return
     retained = Retained(tiles.padded(columns, tiles.hidden.dtype), tiles.hidden.new_zeros(ROWS, dtype=torch.float32))
+    if name == "repair":
+        assert isinstance(tiles, triton_.FusedTiles)
+        tiles.repair(state.max, retained)
+        return
     tiles.forward(0, columns, state, retained if name == "retain" else None)
 
 
@@ -245,7 +247,7 @@ def report(results: dict) -> str:
         "widths.",
         "**Fused kernels**, by chip and version of Triton (rows x columns x depth of a block; row blocks that pass "
         "over the columns together)",
-        table(by_chip(compilers, FUSED), "configuration"),
+        table(by_chip(compilers, ("fused.", "hopper.")), "configuration"),
         "**Triton passes over a tile in memory**, by chip and version of Triton",
         table(by_chip(compilers, ("rows.", "topk.")), "tile"),
         "**CUDA C++ passes**",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.gpu_suite.settings import PERSISTENT
 from dadpo_kernels.ops.backends.cuda import CudaTiles
 from dadpo_kernels.ops.backends.gpu_base import RowTiles
 from dadpo_kernels.ops.backends.triton_ import PROBE, SPAN, FusedTiles, TritonTiles
@@ -50,6 +51,8 @@ SQUARE = Fused(128, 128, 0.93, {"forward": 6500, "retain": 6500, "gradient": 500
                {"forward": 1, "retain": 1, "gradient": 2})  # fmt: skip
 TALL = Fused(256, 128, 0.88, {"forward": 8600, "retain": 8600, "gradient": 8600},
              {"forward": 1, "retain": 1, "gradient": 1})  # fmt: skip
+WIDE = Fused(128, 256, 0.95, {"forward": 4000, "retain": 4000, "gradient": 4000},
+             {"forward": 1, "retain": 1, "gradient": 1})  # fmt: skip  # persistent: its loads run on in the epilogue
 
 
 def gpu_named(device: str) -> GPU | None:
@@ -126,12 +129,13 @@ def step(
     """Seconds of forward with backward of `linear_selected_logps` in bfloat16, everything valid.
 
     Args:
-        backend: "cuda", "triton_rows" or "triton".
+        backend: "cuda", "triton_rows", "triton", or `PERSISTENT`.
         plan: "retain" or "recompute".
         tiles: blocks that the fused kernels have to choose from.
     """
     retain, bfloat16 = plan == "retain", torch.bfloat16
-    if backend == "triton":
+    if backend in ("triton", PERSISTENT):
+        tiles = (WIDE,) if backend == PERSISTENT else tiles
         columns = FusedTiles.tile_columns(tokens, width, bfloat16)
 
         def fused(kernel: str) -> float:

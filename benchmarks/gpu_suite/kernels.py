@@ -15,7 +15,7 @@ from benchmarks.gpu_suite.task import Task
 from benchmarks.gpu_suite.timing import Unavailable, copy_bandwidth, seconds
 from dadpo_kernels.ops.backends import triton_, tuning
 from dadpo_kernels.ops.backends.base import Coefficients, Entries, Retained, State
-from dadpo_kernels.ops.backends.gpu_base import multiply
+from dadpo_kernels.ops.backends.gpu_base import REACH, multiply
 from dadpo_kernels.ops.backends.registry import BACKENDS
 from dadpo_kernels.ops.backends.torch_ import wide_mm
 from dadpo_kernels.ops.head import Head
@@ -94,7 +94,7 @@ def row_passes_and_sweep(s: Settings, lane: str) -> Iterator[Task]:
     for shape in CONFIGURED:
         tiles = cache(partial(fused_tiles, s, shape))
         for kernel in tuning.CONFIGS:
-            for config in tuning.candidates(kernel, s.capability // 10, torch.bfloat16, shape.width):
+            for config in tuning.candidates(kernel, s.capability // 10, torch.bfloat16, shape.width, unproven=True):
                 row = {"shape": shape.name, "kernel": kernel, "config": str(config)}
                 yield Task(f"{kernel}, {config}", row, partial(configured, s, tiles, kernel, config), 0.3)
 
@@ -127,14 +127,20 @@ def configured(s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str
         return config
 
     run, width = fused_pass(tiles(), kernel), tiles().hidden.shape[1]
-    fixed = tuning.candidates(kernel, s.capability // 10, torch.bfloat16, width)[0]
-    with mock.patch.object(triton_, "choose", return_value=fixed):
-        want = run()
-    with mock.patch.object(triton_, "choose", return_value=config):
-        got = run()
+
+    def choosing(choice: Callable[..., tuning.Config]) -> tuple[Tensor, ...]:
+        """The pass with this choice for its kernel, and the fixed one for others that it launches."""
+
+        def choose(name: str, *arguments) -> tuning.Config:
+            fixed = tuning.candidates(name, s.capability // 10, torch.bfloat16, width)[0]
+            return choice(fixed, *arguments) if name == kernel else fixed
+
+        with mock.patch.object(triton_, "choose", choose):
+            return run()
+
+    want, got = choosing(lambda fixed, *_: fixed), choosing(lambda *_: config)
     if not s.dry:
-        with mock.patch.object(triton_, "choose", timed):
-            run()
+        choosing(timed)
     difference = 0.0
     for a, b in zip(got, want, strict=True):
         a, b = (t.masked_fill(t == -torch.inf, 0) for t in (a, b))
@@ -165,7 +171,13 @@ def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Ten
         tiles.forward(0, columns, state, store)
         return state.max, state.sum, state.selected
 
+    def repair() -> tuple[Tensor, ...]:
+        retained.bases.zero_()
+        tiles.repair(REACH + 14 * ones, retained)
+        return retained.exps.float(), retained.bases.clone()
+
     return {
+        "repair": repair,
         "forward": lambda: forward(None),
         "retain": lambda: (*forward(retained), retained.exps.float(), retained.bases.clone()),
         "gradient": lambda: (tiles.logit_gradient(0, columns, coefficients).float(),),

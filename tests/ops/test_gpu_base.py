@@ -1,5 +1,7 @@
 """What the GPU backends share: how products are rounded, and what a pass holds in memory."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def test_long_sums_are_not_split(dtype, kind, before):
     state = (getattr(matmul, name), getattr(matmul, f"{name}_split_k"))
     try:
         setattr(matmul, name, before)
-        with pytest.raises(ZeroDivisionError), gpu_base.unsplit_sums(dtype):
+        with contextlib.suppress(ZeroDivisionError), gpu_base.unsplit_sums(dtype):
             assert not getattr(matmul, name)
             raise ZeroDivisionError
         assert (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) == before

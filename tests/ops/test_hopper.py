@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from dadpo_kernels.ops.backends.triton_kernels import hopper
-from tests.ops import gluon_model
-from tests.ops.gluon_model import Descriptor, Machine, rounded
+from dadpo_kernels.ops.backends.tuning import UNPROVEN
+from tests.support import gluon_model
+from tests.support.gluon_model import Descriptor, Machine, rounded
 from tools import offline
 from tools.machine_code import CHIPS, inspect_triton
 
@@ -35,8 +36,8 @@ def compiled(kernel, stored: bool, options: bool, stages: int):
     f, i = torch.zeros(16), torch.zeros(16, dtype=torch.int32)
     head = (rows, torch.zeros(columns, **matrix) if options else None, columns, width, 0, 1.0, 30.0, 1.0, i, i)
     rest = (entries, f, f, f)
-    if kernel is hopper.hopper_forward:
-        rest = (i.bool(), *rest, f if stored else None)
+    if kernel is hopper.forward:
+        rest = (entries, i.bool(), f, f, f, f if stored else None)
     with offline.compiling(90) as kernels:
         hopper.launcher(
             kernel, hidden, weight, out, *head, *rest, **BLOCK, SOFTCAP=options, STAGES=stages, num_warps=8,
@@ -48,19 +49,19 @@ def compiled(kernel, stored: bool, options: bool, stages: int):
 
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "bias, softcap"])
 @pytest.mark.parametrize(
-    ("kernel", "stored", "stages"),
-    [(hopper.hopper_forward, False, 4), (hopper.hopper_forward, True, 3), (hopper.hopper_logit_gradient, True, 3)],
-    ids=["statistics", "retain", "gradient"],
+    ("name", "kernel"), [("forward", hopper.forward), ("retain", hopper.forward), ("gradient", hopper.logit_gradient)]
 )
-def test_compiled(kernel, stored, stages, options):
-    code = compiled(kernel, stored, options, stages)
+def test_compiled(name, kernel, options):
+    (config,) = UNPROVEN[name]
+    assert config.options == {**BLOCK, "STAGES": config.num_stages, "num_warps": 8}
+    stored = name != "forward"
+    code = compiled(kernel, stored, options, config.num_stages)
     wanted = ("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "cp.async.bulk.tensor")
     found = inspect_triton(CHIPS[90], code, wanted, name="", dtype="bfloat16", variant="", config="")
     assert not found.complaints
     assert found.loop_spills == 0  # so the loop was found
     assert options or found.spills == 0  # the softcap's temporaries do not all fit, outside of the loop
-    assert found.shared <= hopper.shared_bytes(128, 256, 64, stages, stored) <= CHIPS[90].shared_per_block
-    assert hopper.shared_bytes(128, 256, 64, stages, stored) - found.shared < 512
+    assert found.shared <= config.shared(name, torch.bfloat16) <= min(CHIPS[90].shared_per_block, found.shared + 512)
     ptx = code.asm["ptx"]
     assert ("cp.async.bulk.tensor.2d.global.shared" in ptx) == stored
     # Between the wait for a step's wgmma and the load into its buffer, all warps meet.
@@ -148,8 +149,8 @@ def check_forward(p: Problem, programs: int, retain: bool, **block) -> tuple:
     selected, part_max, part_sum = nans(p.rows, p.entries), nans(blocks, p.rows), nans(blocks, p.rows)
     exps = nans(p.rows, p.columns) if retain else None
     bases = p.logits.max(1).astype(np.float32) - 2 if retain else None
-    rest = (p.drop, p.entries, selected, part_max, part_sum, bases)
-    ran = run(p, "hopper_forward", programs, exps, *rest, **block)
+    rest = (p.entries, p.drop, selected, part_max, part_sum, bases)
+    ran = run(p, "forward", programs, exps, *rest, **block)
     z = p.logits
     np.testing.assert_allclose(selected[p.inside], p.at_entries(z)[p.inside], rtol=1e-4, atol=1e-4)
     assert np.isnan(selected[~p.inside]).all()
@@ -175,7 +176,7 @@ def check_gradient(p: Problem, programs: int, **block) -> tuple:
     base = z.max(1).astype(np.float32)
     values = (p.ids * 0.37 + np.arange(p.rows)[:, None]).astype(np.float32)  # equal for equal ids
     dz = nans(p.rows, p.columns)
-    ran = run(p, "hopper_logit_gradient", programs, dz, p.entries, c, base, values, **block)
+    ran = run(p, "logit_gradient", programs, dz, p.entries, c, base, values, **block)
     wanted = c[:, None] * np.exp(z - base[:, None]) * p.slope(z)
     for row, entry in zip(*np.nonzero(p.inside), strict=True):
         wanted[row, p.ids[row, entry] - p.first] = values[row, entry]
@@ -211,7 +212,7 @@ def tile_order(row_blocks: int, column_blocks: int, group: int) -> list[tuple[in
 SHAPES = list(itertools.product((1, 8, 9, 45), (1, 16, 50), (1, 8, 20, 64), (1, 2, 5, 60), (2, 3, 4, 6)))
 
 
-@pytest.mark.parametrize("kernel", ["statistics", "retain", "gradient"])
+@pytest.mark.parametrize("kernel", ["forward", "retain", "gradient"])
 def test_schedules(kernel):
     """Many shapes and rings, with more programs than tiles and fewer slices than stages among them."""
     for rows, columns, width, programs, stages in random.Random(kernel).sample(SHAPES, 80):
@@ -246,8 +247,8 @@ def test_a_block_without_a_tail_and_a_base_far_too_low():
     p.drop[...], p.inside[...] = [[True], [False]], True
     p.starts[...] = [[0, 0], [8, 8]]
     part_max, part_sum, exps = nans(1, 2), nans(1, 2), nans(2, 8)
-    rest = (p.drop, 8, nans(2, 8), part_max, part_sum, np.full(2, -500, np.float32))
-    run(p, "hopper_forward", 1, exps, *rest, BLOCK_M=8, BLOCK_N=8, BLOCK_K=8, STAGES=2, GROUP=1)
+    rest = (8, p.drop, nans(2, 8), part_max, part_sum, np.full(2, -500, np.float32))
+    run(p, "forward", 1, exps, *rest, BLOCK_M=8, BLOCK_N=8, BLOCK_K=8, STAGES=2, GROUP=1)
     assert part_max[0, 0] == -np.inf
     assert part_sum[0, 0] == 0
     assert (exps[0] == 0).all()

@@ -8,13 +8,14 @@ the chip and the logits do not. The gradient's products are cuBLAS's in both.
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..head import Head
+from ..log import debug
 from ..plan import Plan
 from .base import Best, Coefficients, Entries, Grads, Retained, State
 from .gpu_base import REACH, STEP, WORKSPACE, RowTiles, whole
@@ -157,11 +158,20 @@ class FusedTiles(TritonTiles):
 
     def __init__(self, hidden: Tensor, head: Head, entries: Entries) -> None:
         super().__init__(hidden, head, entries)
-        same = entries.ids[:, 1:] == entries.ids[:, :-1]
-        self.drop = entries.in_topk.clone()
-        self.drop[:, 1:] |= same  # the label comes last among equals
-        self.drop[:, :-1] &= ~same
         self.tma = describable(hidden) and describable(self.weight)
+        if not self.tma:
+            debug(
+                "the rows of hidden or weight do not start at multiples of 16 bytes: they are read element by element"
+            )
+
+    @cached_property
+    def drop(self) -> Tensor:
+        """`[n, M]` bool: the last of equal ids, if one of them is a top-k id."""
+        ids, drop = self.entries.ids, self.entries.in_topk.clone()
+        same = ids[:, 1:] == ids[:, :-1]
+        drop[:, 1:] |= same  # the label comes last among equals
+        drop[:, :-1] &= ~same
+        return drop
 
     @classmethod
     def tile_columns(cls, rows: int, width: int, dtype: torch.dtype) -> int:
@@ -185,7 +195,9 @@ class FusedTiles(TritonTiles):
         )
         return out
 
-    def launcher(self, name: str, config: Config, first: int, columns: int, grid: tuple[int, ...], *arguments):
+    def launcher(
+        self, name: str, config: Config, grid: tuple[int, ...], first: int, columns: int, *arguments
+    ) -> Callable[[], None]:
         """All that a launch needs, made now; what is returned launches and does nothing else."""
         weight, width = self.weight[first : first + columns], self.hidden.shape[1]
         operands = [self.hidden, weight]
@@ -195,31 +207,38 @@ class FusedTiles(TritonTiles):
         return partial(
             getattr(kernels("fused"), name)[grid],
             operands[0], self.hidden.stride(0), self.rows, operands[1], weight.stride(0), self.bias(first, columns),
-            columns, width, *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config._asdict(),
+            columns, width, *arguments, SOFTCAP=self.softcap, EVEN_K=width % config.BLOCK_K == 0, **config.options,
         )  # fmt: skip
 
-    def by_blocks(self, name: str, config: Config, first: int, columns: int, *arguments) -> Callable[[], None]:
-        """A launch of a kernel with a program for each block of the product; entries and transform are added."""
-        blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
+    def by_blocks(
+        self, name: str, config: Config, first: int, columns: int, stored: Tensor | None, *arguments
+    ) -> Callable[[], None]:
+        """A launch of a kernel that cuts the product into blocks, and stores `[n, columns]` or nothing."""
         ids = self.entries.ids
-        starts = self.starts(first, columns, config.BLOCK_N)
-        return self.launcher(
-            name, config, first, columns, (blocks,), first, *self.transform, starts, ids, ids.shape[1], *arguments
-        )
+        described = (first, *self.transform, self.starts(first, columns, config.BLOCK_N), ids, ids.shape[1])
+        if config.PERSISTENT:
+            hopper, weight = kernels("hopper"), self.weight[first : first + columns]
+            return hopper.launcher(
+                getattr(hopper, name), self.hidden, weight, stored, self.rows, self.bias(first, columns), columns,
+                self.hidden.shape[1], *described, *arguments, SOFTCAP=self.softcap, **config.options,
+            )  # fmt: skip
+        blocks = -(-self.rows // config.BLOCK_M) * -(-columns // config.BLOCK_N)
+        store = (None, 0) if stored is None else (stored, stored.stride(0))
+        return self.launcher(name, config, (blocks,), first, columns, *described, *store, *arguments)
 
     def partial_states(
         self, first: int, columns: int, state: State, retained: Retained | None
     ) -> tuple[Tensor, Tensor]:
         """Maxima and sums `[blocks of columns, n]` of the tail; entries' logits and exponentials are stored."""
-        store: tuple = (None, 0, None)
-        if retained:
-            exps = retained.exps[:, first : first + columns]
-            store = (exps, exps.stride(0), retained.bases)
+        exps = retained.exps[:, first : first + columns] if retained else None
+        bases = retained.bases if retained else None
 
         def prepare(config: Config) -> tuple[Tensor, Callable[[], None]]:
             blocks = -(-columns // config.BLOCK_N)
             parts = torch.empty(2, blocks, self.rows, dtype=torch.float32, device=self.hidden.device)
-            return parts, self.by_blocks("forward", config, first, columns, self.drop, state.selected, *parts, *store)
+            return parts, self.by_blocks(
+                "forward", config, first, columns, exps, self.drop, state.selected, *parts, bases
+            )
 
         kernel = "retain" if retained else "forward"
         parts, launch = prepare(choose(kernel, self.hidden, self.softcap, self.tma, lambda c: prepare(c)[1]))
@@ -246,10 +265,10 @@ class FusedTiles(TritonTiles):
         def prepare(config: Config) -> Callable[[], None]:
             grid = -(-self.rows // config.BLOCK_M), 8
             return self.launcher(
-                "repair", config, 0, exps.shape[1], grid, *self.transform, exps, exps.stride(0), before, bases
+                "repair", config, grid, 0, exps.shape[1], *self.transform, exps, exps.stride(0), before, bases
             )
 
-        prepare(choose("retain", self.hidden, self.softcap, self.tma, prepare))()
+        prepare(choose("repair", self.hidden, self.softcap, self.tma, prepare))()
         before.copy_(bases)
 
     def logit_gradient(self, first: int, columns: int, coefficients: Coefficients) -> Tensor:
@@ -257,7 +276,7 @@ class FusedTiles(TritonTiles):
         c = coefficients
 
         def prepare(config: Config) -> Callable[[], None]:
-            return self.by_blocks("logit_gradient", config, first, columns, c.c, c.base, c.values, dz, dz.stride(0))
+            return self.by_blocks("logit_gradient", config, first, columns, dz, c.c, c.base, c.values)
 
         prepare(choose("gradient", self.hidden, self.softcap, self.tma, prepare))()
         return dz

@@ -33,18 +33,36 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     TMA: bool = False  # copies blocks by descriptors; needs compute capability 9.0
+    PERSISTENT: bool = False  # the kernels of `triton_kernels/hopper.py`, which copy by descriptors too
 
     def __str__(self) -> str:
+        copies = ", persistent" if self.PERSISTENT else ", TMA" if self.TMA else ""
         shape = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}, group {self.GROUP}"
-        return f"{shape}, {self.num_warps} warps, {self.num_stages} stages{', TMA' if self.TMA else ''}"
+        return f"{shape}, {self.num_warps} warps, {self.num_stages} stages{copies}"
 
     @property
     def described(self) -> "Config":
         return self._replace(TMA=True)
 
-    def shared(self, dtype: torch.dtype) -> int:
-        """Bytes of shared memory that its stages take at most: the blocks, and barriers of 16 bytes."""
-        return self.num_stages * ((self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize + 16)
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """As the kernels take it."""
+        options = self._asdict()
+        persistent = options.pop("PERSISTENT")
+        if persistent:
+            options |= {"STAGES": options.pop("num_stages")}
+            del options["TMA"]
+        return options
+
+    def shared(self, kernel: str, dtype: torch.dtype) -> int:
+        """Bytes of shared memory that it takes at most: the blocks of all stages, and barriers of 16 bytes.
+
+        A persistent kernel has room for the block that it stores besides, and for a reduction over rows.
+        """
+        stages = self.num_stages * ((self.BLOCK_M + self.BLOCK_N) * self.BLOCK_K * dtype.itemsize + 16)
+        if not self.PERSISTENT:
+            return stages
+        return stages + 256 + (self.BLOCK_M * self.BLOCK_N * dtype.itemsize if kernel != "forward" else 0)
 
 
 SQUARE, NARROW = Config(128, 128, 64, 8, 8, 3), Config(128, 64, 64, 8, 4, 3)
@@ -60,25 +78,46 @@ CONFIGS = {
     "forward": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
     "retain": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [NARROW, NARROW.described, SQUARE, SQUARE.described]},
     "gradient": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
+    "repair": {8: [NARROW]},
+}
+
+# Compiled and run in a model, never on a GPU: `benchmarks/gpu_suite` holds them against the lists above, and no call
+# takes them before it has.
+WIDE = Config(128, 256, 64, 8, 8, 3, TMA=True, PERSISTENT=True)
+UNPROVEN = {
+    "forward": [WIDE._replace(num_stages=4)],
+    "retain": [WIDE],
+    "gradient": [WIDE],
 }
 
 
 def candidates(
-    kernel: str, major: int, dtype: torch.dtype, width: int, *, tma: bool = True, shared: int = 2**31
+    kernel: str,
+    major: int,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    tma: bool = True,
+    shared: int = 2**31,
+    unproven: bool = False,
 ) -> list[Config]:
-    """The list of one kernel ("forward", "retain" or "gradient"), the fixed choice first.
+    """The list of one kernel (of `CONFIGS`), the fixed choice first.
 
-    float32 is three products of its halves, and a width that no depth divides takes masks: both want registers.
+    float32 is three products of its halves, and a width that no depth divides takes masks, unless blocks are copied by
+    descriptors: both want registers.
 
     Args:
         tma: descriptors can be made of the operands.
         shared: bytes of shared memory that a block may have; consumer cards have less than their generation's big one.
+        unproven: with those that no call takes yet, at the end.
     """
-    if dtype == torch.float32 or width % 64:
+    if dtype == torch.float32:
         return [SMALL]
     chips = CONFIGS[kernel]
-    choices = chips.get(major, chips[max(chips)])
-    return [config for config in choices if (tma or not config.TMA) and config.shared(dtype) <= shared]
+    choices = chips.get(major, chips[max(chips)]) + (UNPROVEN.get(kernel, []) if unproven and major == 9 else [])
+    if width % 64:
+        choices = [SMALL, *(config for config in choices if config.TMA)]
+    return [config for config in choices if (tma or not config.TMA) and config.shared(kernel, dtype) <= shared]
 
 
 def choose(

@@ -22,11 +22,11 @@ def forward(
     scale, softcap, inv_temperature,  # floats
     starts,  # [column blocks + 1, rows] int32: where each row's entries of each column block begin
     ids, entries,  # [rows, entries] int32, ascending along a row
+    exps, exps_stride,  # [rows, columns] written, operands' dtype; row stride in elements; None: do not retain
     drop,  # [rows, entries] bool
     selected,  # [rows, entries] float32 written: the entries' logits
     part_max, part_sum,  # [column blocks, rows] float32 written: softmax states of the columns outside the top k
-    exps, exps_stride,  # [rows, columns] written, operands' dtype; row stride in elements; None: do not retain
-    bases,  # [rows] float32: the exponentials' reference
+    bases,  # [rows] float32: the exponentials' reference; None: do not retain
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -113,8 +113,8 @@ def repair(
 def logit_gradient(
     hidden, hidden_stride, rows, weight, weight_stride, bias, columns, width, first,  # as in `forward`
     scale, softcap, inv_temperature, starts, ids, entries,
-    c, base, values,  # [rows], [rows], [rows, entries] float32
     dz, dz_stride,  # [rows, columns] written, operands' dtype; row stride in elements
+    c, base, values,  # [rows], [rows], [rows, entries] float32
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip

@@ -1,11 +1,11 @@
-"""Persistent forms of `forward.statistics` and `backward.logit_gradient` for Hopper, in Gluon, for bfloat16 operands.
+"""Persistent forms of `fused.forward` and `fused.logit_gradient` for Hopper, in Gluon, for bfloat16 operands.
 
 A program computes one tile after another, as many programs as the chip has multiprocessors. TMA brings slices of the
 operands, BLOCK_K deep, into a ring of STAGES buffers in shared memory, `STAGES - 1` slices ahead of the product: while
 a tile's logits are being consumed, the first slices of the next tile arrive. What is stored in bfloat16 leaves through
 shared memory, by TMA as well, and beside the next tile's product.
 
-In `forward` and `backward`, a program loads nothing while it consumes its tile, and the compiler chooses the
+In `fused`, a program loads nothing while it consumes its tile, and the compiler chooses the
 layouts and buffers. Here these are written down, and so is each hand-over of a buffer. Triton's interpreter does not
 run Gluon; the tests execute this source with a stand-in for Gluon that checks every hand-over.
 """
@@ -234,13 +234,14 @@ def store_tile(
 
 
 @gluon.jit(do_not_specialize=["rows", "columns", "width", "first", "entries"])
-def hopper_forward(
+def forward(
     hidden_desc, weight_desc,  # descriptors of [rows, width] and [columns, width] bfloat16
     exps_desc,  # descriptor of [rows, columns] bfloat16, written; None: do not retain
     rows, bias, columns, width, first,  # bias: [columns] or None; columns [first, first + columns) of the vocabulary
     scale, softcap, inv_temperature,  # floats
     starts,  # [column blocks + 1, rows] int32: where each row's entries of each column block begin
-    ids, drop, entries,  # [rows, entries] int32 (ascending along a row) and bool
+    ids, entries,  # [rows, entries] int32, ascending along a row
+    drop,  # [rows, entries] bool
     selected,  # [rows, entries] float32 written: the entries' logits
     part_max, part_sum,  # [column blocks, rows] float32 written: softmax states of the columns outside the top k
     bases,  # [rows] float32: the exponentials' reference; None: do not retain
@@ -249,7 +250,7 @@ def hopper_forward(
 ):  # fmt: skip
     """Partial softmax states of the tail, the entries' logits and, optionally, exponentials `exp(z - base)`.
 
-    See `forward.statistics`, whose contract for entries this is. Without softcap the exponentials are those of the
+    See `fused.forward`, whose contract for entries this is. Without softcap the exponentials are those of the
     softmax state, rescaled: `exp(z - maximum)` has float32's precision where it is not below 2^-126, and the factor
     adds one rounding. With softcap they are computed from z, which has to stay for the slope: both do not fit the
     registers.
@@ -298,7 +299,7 @@ def hopper_forward(
         gl.store(part_max + at, largest, mask=inside)
         gl.store(part_sum + at, row_sum(e), mask=inside)
 
-        # Clamped: a base guessed too low would overflow to inf, and 0 * inf is NaN.
+        # Clamped: a base too low would overflow to inf, and 0 * inf is NaN. `fused.repair` rewrites such rows.
         if exps_desc is not None:
             base = gl.load(bases + row, mask=inside, other=0.0)
             if SOFTCAP:
@@ -312,7 +313,7 @@ def hopper_forward(
 
 
 @gluon.jit(do_not_specialize=["rows", "columns", "width", "first", "entries"])
-def hopper_logit_gradient(
+def logit_gradient(
     hidden_desc, weight_desc,  # descriptors of [rows, width] and [columns, width] bfloat16
     dz_desc,  # descriptor of [rows, columns] bfloat16, written
     rows, bias, columns, width, first,  # bias: [columns] or None; columns [first, first + columns) of the vocabulary
@@ -379,15 +380,6 @@ def describe(matrix: Tensor, block: Sequence[int]) -> TensorDescriptor:
     )
 
 
-def shared_bytes(BLOCK_M: int, BLOCK_N: int, BLOCK_K: int, STAGES: int, stores: bool) -> int:
-    """Bytes of shared memory that a program takes at most; `stores`: it has a matrix to write, as the gradient does.
-
-    The ring, the block on its way out, and what barriers and the reduction over rows take.
-    """
-    ring = STAGES * ((BLOCK_M + BLOCK_N) * BLOCK_K * 2 + 16)
-    return ring + BLOCK_M * BLOCK_N * 2 * stores + 256
-
-
 def launcher(
     kernel,
     hidden: Tensor,
@@ -410,7 +402,7 @@ def launcher(
         options: STAGES, GROUP, SOFTCAP, and num_warps.
     """
     if programs is None:
-        programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 1
     tiles = -(-len(hidden) // BLOCK_M) * -(-len(weight) // BLOCK_N)
     return partial(
         kernel[(min(programs, tiles),)],
