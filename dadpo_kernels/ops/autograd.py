@@ -9,7 +9,7 @@ from torch import Tensor
 from .autocast import without_autocast
 from .backends.base import accumulator_dtype, run_forward
 from .head import Head
-from .valid_tokens import ValidTokens, spread
+from .valid_tokens import ValidTokens, spread, spread_gradient
 
 
 @torch.library.custom_op("dadpo::selected_logps", mutates_args=())
@@ -27,13 +27,14 @@ def selected_logps(
     backend: str,  # a name in BACKENDS
     grad_tolerance: float | None,
     buffer_bytes: int,  # of what the forward may retain for the backward
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(label [N], topk [N, K], tail [N], state [N, 3], buffer [bytes])`; the state: lse, the tail's max and sum.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(label [N], topk [N, K], tail [N])`; for the backward `state [N, 3]`, `buffer [bytes]`, and those of `select`.
 
-    The live plan adds three columns to the state: see `LivePass.forward`.
+    The state: lse, the tail's max and sum; the live plan adds three columns, see `LivePass.forward`.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature)
-    valid = ValidTokens(hidden, head, labels, topk_ids, ignore_index, backend, buffer_bytes)
+    selection = ValidTokens.select(labels, topk_ids, ignore_index, len(weight))
+    valid = ValidTokens(hidden, head, selection, backend, buffer_bytes)
     buffer = valid.tiles.empty(buffer_bytes, dtype=torch.uint8, device=hidden.device)
     if grad_tolerance is None:
         state = run_forward(valid.tiles, valid.plan, buffer)
@@ -44,7 +45,7 @@ def selected_logps(
     label, topk, tail, summary = (
         spread(values, valid.index, labels) for values in (*logps, torch.cat([summary, dead], 1))
     )
-    return label, topk, tail, summary, buffer
+    return label, topk, tail, summary, buffer, *selection
 
 
 @selected_logps.register_fake
@@ -60,6 +61,10 @@ def _(
         hidden.new_empty(len(labels), dtype=dtype),
         hidden.new_empty(len(labels), 3 if grad_tolerance is None else 6, dtype=dtype),
         hidden.new_empty(buffer_bytes, dtype=torch.uint8),
+        labels.new_empty(len(labels), dtype=torch.int64),
+        labels.new_empty(len(labels), k + 1, dtype=torch.int32),
+        labels.new_empty(len(labels), k + 1, dtype=torch.int64),
+        torch.empty(2, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -72,39 +77,40 @@ def selected_logps_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
-    topk_ids: Tensor | None,
     label: Tensor,  # the forward's outputs
     topk: Tensor,
     tail: Tensor,
     state: Tensor,
     buffer: Tensor,
+    padded_index: Tensor,
+    ids: Tensor,
+    order: Tensor,
+    counts: Tensor,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-    ignore_index: int,
     backend: str,
     grad_tolerance: float | None,
     needs: list[bool],  # of hidden, weight, bias: whether a gradient is wanted
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden `[N, H]`, weight `[V, H]` and bias `[V]`; empty where `needs` says that none is wanted."""
     head = Head(weight, bias, logit_scale, softcap, temperature)
-    valid = ValidTokens(hidden, head, labels, topk_ids, ignore_index, backend, len(buffer))
+    valid = ValidTokens(hidden, head, (padded_index, ids, order, counts), backend, len(buffer))
     outputs, grads = (label, topk, tail), (grad_label, grad_topk, grad_tail)
     g = valid.gradients(outputs, grads, state, buffer, needs, grad_tolerance)
     index = valid.index
     del valid  # its copies of hidden and its workspace make room for the gradient of all tokens
     none = hidden.new_empty(0)
     return (
-        none if g.hidden is None else spread(g.hidden.to(hidden.dtype), index, hidden),
+        none if g.hidden is None else spread_gradient(g.hidden, index, hidden),
         none.clone() if g.weight is None else g.weight,
         none.clone() if g.bias is None else g.bias.to(hidden.dtype),
     )
 
 
 @selected_logps_backward.register_fake
-def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer,
-      logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance, needs):  # fmt: skip
+def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, label, topk, tail, state, buffer, padded_index, ids,
+      order, counts, logit_scale, softcap, temperature, backend, grad_tolerance, needs):  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         hidden.new_empty(weight.shape if needs[1] else (0,)),
@@ -113,23 +119,21 @@ def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, labels, topk_ids, 
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, topk_ids, *ctx.options, _ = inputs
-    label, topk, tail, state, buffer = output
-    ctx.mark_non_differentiable(state, buffer)
+    hidden, weight, bias, _, _, *scalars, _, backend, grad_tolerance, _ = inputs
+    ctx.options = (*scalars, backend, grad_tolerance)
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer)
+    ctx.save_for_backward(hidden, weight, bias, *output)
 
 
-def _backward(ctx, grad_label, grad_topk, grad_tail, _state, _buffer):
-    hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer = ctx.saved_tensors
+def _backward(ctx, grad_label, grad_topk, grad_tail, *_):
+    hidden, weight, bias, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = [
         torch.zeros_like(o) if g is None else g
-        for g, o in zip((grad_label, grad_topk, grad_tail), (label, topk, tail), strict=True)
+        for g, o in zip((grad_label, grad_topk, grad_tail), saved[:3], strict=True)
     ]
-    out = selected_logps_backward(
-        *grads, hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer, *ctx.options, needs
-    )
+    out = selected_logps_backward(*grads, hidden, weight, bias, *saved, *ctx.options, needs)
     return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 9
 
 

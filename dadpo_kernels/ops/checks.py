@@ -49,8 +49,8 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.devi
         raise ValueError(f"{name} is on {ids.device} and hidden on {device}; move it there")
 
 
-def check_range(name: str, ids: Tensor, vocab: int, index: Tensor) -> None:
-    """Every id of the tokens at `index` (of all tokens, flattened) lies in `[0, vocab)`."""
+def check_range(name: str, ids: Tensor, vocab: int, index: Tensor | None = None) -> None:
+    """Every id of the tokens at `index` (of all tokens, flattened) lies in `[0, vocab)`; None: those of all tokens."""
     remedy = (
         f"outside the head's vocabulary [0, {vocab}) (the first index counts the tokens of the flattened batch); mask "
         "positions with ignore_index; for a teacher's ids, resize the student's embeddings to the teacher's "

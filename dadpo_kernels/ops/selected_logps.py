@@ -113,7 +113,7 @@ def selected_logps_of(
             run = replace(run, memory_budget=0, grad_tolerance=None)  # without a backward there is nothing to save
         buffer_bytes = run.buffer_bytes(len(y), len(head.weight), hidden.dtype)
         debug("backend %s, %d bytes for the backward, grad_tolerance=%s", backend, buffer_bytes, run.grad_tolerance)
-        label, topk, tail, _, _ = autograd.selected_logps(
+        label, topk, tail, *_ = autograd.selected_logps(
             flat, head.weight, head.bias, y, ids, head.logit_scale, head.softcap, head.temperature, ignore_index,
             backend, run.grad_tolerance, buffer_bytes,
         )  # fmt: skip

@@ -35,6 +35,12 @@ def spread(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
     return values.new_zeros(len(like), *values.shape[1:]).index_copy_(0, index, values)
 
 
+def spread_gradient(gradient: Tensor, index: Tensor, hidden: Tensor) -> Tensor:
+    """Hidden's gradient, `[n, H]` of the tokens at `index`, in hidden's dtype and shape."""
+    rounded = gradient.to(hidden.dtype)
+    return rounded.contiguous() if len(index) == len(hidden) else spread(rounded, index, hidden)
+
+
 def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:
     """Ids counted from `first`, in the same order; those outside `[first, first + columns)` where no tile meets them.
 
@@ -45,45 +51,59 @@ def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:
 
 
 class ValidTokens:
-    """The tokens whose label is not `ignore_index`, and the tiles over them. Forward and backward make the same one.
+    """The tokens whose label is not `ignore_index`, and the tiles over them.
+
+    The forward makes one from labels and ids, the backward the same one from the selection that the
+    forward has saved: ids that share memory with NumPy or another process may have changed in between.
 
     Args:
         hidden: `[N, H]`.
         head: whose rows may be the rows `first`, `first + 1`, ... of a head with `vocab` rows.
-        labels, topk_ids: `[N]` and `[N, K]`, ids of the whole vocabulary.
+        selection: see `select`.
         buffer_bytes: size of the buffer for what the forward retains.
     """
 
     def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        topk_ids: Tensor | None,
-        ignore_index: int,
-        backend: str,
-        buffer_bytes: int,
-        *,
-        first: int = 0,
-        vocab: int | None = None,
+        self, hidden: Tensor, head: Head, selection: Sequence[Tensor], backend: str, buffer_bytes: int
     ) -> None:
         check_storage(head.weight)
-        self.index = (labels != ignore_index).nonzero()[:, 0]
+        padded_index, ids, order, counts = selection
+        rows, thrice = counts.tolist()
         columns, width = head.weight.shape
-        vocab = columns if vocab is None else vocab
-        labels = labels[self.index]
-        topk_ids = None if topk_ids is None else topk_ids[self.index]
-        # In both passes: memory that ids share with NumPy or another process may have changed in between.
-        check_range("labels", labels, vocab, self.index)
-        if topk_ids is not None:
-            check_range("topk_ids", topk_ids, vocab, self.index)
-        if vocab != columns:
-            labels = local_ids(labels, first, columns)
-            topk_ids = None if topk_ids is None else local_ids(topk_ids, first, columns)
+        self.index = padded_index[:rows]
         self.head, self.backend = head, BACKENDS[backend]
-        self.entries = Entries.merge(labels, topk_ids)
+        entries = Entries(ids, order, pairs=not thrice)
+        self.entries = entries if rows == len(ids) else entries.rows(self.index)
         self.tiles = self.backend.tiles(compact(hidden, self.index), head, self.entries)
-        self.plan = exact_plan(backend, len(self.index), columns, width, hidden.dtype, buffer_bytes)
+        self.plan = exact_plan(backend, rows, columns, width, hidden.dtype, buffer_bytes)
+
+    @staticmethod
+    def select(
+        labels: Tensor, topk_ids: Tensor | None, ignore_index: int, vocab: int, shard: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(index [N], ids [N, M], order [N, M], counts [2])` of `labels [N]` and `topk_ids [N, K]`, after checks.
+
+        Index: the valid tokens first. Ids and order: the entries of all tokens. Counts: of the valid tokens, and of
+        those in whose row an id stands three times; on the CPU, the only thing that waits for the device.
+
+        Args:
+            shard: `(first, columns)`: of these columns of the vocabulary alone, see `local_ids`.
+        """
+        valid = labels != ignore_index
+        check_range("labels", labels.where(valid, 0), vocab)
+        if topk_ids is not None:
+            topk_ids = topk_ids.where(valid[:, None], 0)
+            check_range("topk_ids", topk_ids, vocab)
+        if shard is not None:
+            labels = local_ids(labels, *shard)
+            topk_ids = None if topk_ids is None else local_ids(topk_ids, *shard)
+        entries = Entries.merge(labels, topk_ids)
+        counts = torch.stack([valid.sum(), (entries.thrice() & valid).sum()]).cpu()
+        return torch.nonzero_static(valid, size=len(valid))[:, 0], entries.ids, entries.order, counts
+
+    def of_all(self, values: Tensor) -> Tensor:
+        """The valid tokens' rows of what has a row for every token."""
+        return values if len(self.index) == len(values) else values[self.index]
 
     def logps(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(label [n], topk [n, K], tail [n], summary [n, 3])` from the softmax state of all columns.
@@ -134,12 +154,12 @@ class ValidTokens:
         self, outputs: Sequence[Tensor], grads: Sequence[Tensor], state: Tensor
     ) -> tuple[Coefficients, Tensor]:
         """The gradient of the logits, and what the live plan's forward says of dead columns, of the valid tokens."""
-        label, topk, tail = outputs
-        logps = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index]
-        label, topk, tail = grads
-        incoming = torch.cat([topk, label[:, None], tail[:, None]], 1)[self.index].to(state.dtype)
-        summary, dead = state[self.index].split([3, state.shape[1] - 3], 1)
-        return logit_coefficients(self.entries, self.head, logps, summary, incoming), dead
+        selected, incoming = (
+            (self.of_all(torch.cat([topk, label[:, None]], 1)), self.of_all(tail))
+            for label, topk, tail in (outputs, grads)
+        )
+        summary, dead = self.of_all(state).split([3, state.shape[1] - 3], 1)
+        return logit_coefficients(self.entries, self.head, *selected, summary, *incoming), dead
 
     def live_pass(self, grad_tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
         """The live pass over the valid ones of `tokens` tokens, with the buffer that forward and backward share."""

@@ -11,6 +11,7 @@ N counts the tokens that are not masked. The tail is merged by its maximum and s
 logit has one owner and is -inf elsewhere, so its maximum is its value. The weight's gradient stays where it arises.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Unpack
 
@@ -26,7 +27,7 @@ from .backends.base import State, run_forward
 from .head import Head, HeadOptions
 from .run import Run
 from .selected_logps import SelectedLogps
-from .valid_tokens import ValidTokens, spread
+from .valid_tokens import ValidTokens, spread, spread_gradient
 
 
 def vocab_parallel_selected_logps(
@@ -129,18 +130,10 @@ class _Options(NamedTuple):
     vocab: int  # rows of the whole head
 
     def valid_tokens(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        topk_ids: Tensor | None,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, selection: Sequence[Tensor]
     ) -> ValidTokens:
         head = Head(weight, bias, self.logit_scale, self.softcap, self.temperature)
-        return ValidTokens(
-            hidden, head, labels, topk_ids, self.ignore_index, self.backend, self.buffer_bytes,
-            first=self.first, vocab=self.vocab,
-        )  # fmt: skip
+        return ValidTokens(hidden, head, selection, self.backend, self.buffer_bytes)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -156,20 +149,23 @@ class _VocabParallel(torch.autograd.Function):
         options: _Options,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, ...]:
-        valid = options.valid_tokens(hidden, weight, bias, labels, topk_ids)
+        shard = options.first, len(weight)
+        selection = ValidTokens.select(labels, topk_ids, options.ignore_index, options.vocab, shard)
+        valid = options.valid_tokens(hidden, weight, bias, selection)
         buffer = valid.tiles.empty(options.buffer_bytes, dtype=torch.uint8, device=hidden.device)
         outputs = valid.logps(_merged(run_forward(valid.tiles, valid.plan, buffer), group))
         label, topk, tail, state = (spread(values, valid.index, labels) for values in outputs)
         ctx.options, ctx.group = options, group
-        ctx.save_for_backward(hidden, weight, bias, labels, topk_ids, label, topk, tail, state, buffer)
+        ctx.save_for_backward(hidden, weight, bias, *selection, label, topk, tail, state, buffer)
         return label, topk, tail
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, topk_ids, *outputs, state, buffer = ctx.saved_tensors
-        valid = ctx.options.valid_tokens(hidden, weight, bias, labels, topk_ids)
+        hidden, weight, bias, *saved, state, buffer = ctx.saved_tensors
+        selection, outputs = saved[:4], saved[4:]
+        valid = ctx.options.valid_tokens(hidden, weight, bias, selection)
         g = valid.gradients(outputs, grads, state, buffer, ctx.needs_input_grad[:3])
         index = valid.index
         del valid  # its copies of hidden and its workspace make room for the gradient of all tokens
@@ -179,7 +175,7 @@ class _VocabParallel(torch.autograd.Function):
             total = g.hidden.contiguous()
             if len(total):
                 dist.all_reduce(total, group=ctx.group)
-            grad_hidden = spread(total.to(hidden.dtype), index, hidden)
+            grad_hidden = spread_gradient(total, index, hidden)
         grad_bias = None if g.bias is None else g.bias.to(hidden.dtype)
         return grad_hidden, g.weight, grad_bias, None, None, None, None
 

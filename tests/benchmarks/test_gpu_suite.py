@@ -68,7 +68,9 @@ def test_the_first_call_goes_through_every_stage_within_its_limits(bare_path, tm
     assert results["environment"]["commit"].startswith("unknown (no git")
     last = done.stdout[done.stdout.index("### goals") :]
     assert "###" not in last[3:]  # nothing behind the goals
-    assert last.count("| step, times the products, at most |") == 2 * 5 * len(GPU_BACKENDS)  # Llama twice, and Vicuna
+    assert (
+        last.count("| step, times the products, at most |") == 2 * 5 * len(GPU_BACKENDS) + 2
+    )  # Llama twice, and Vicuna
     log = (tmp_path / "out" / "suite.log").read_text()
     assert all(f"{name}: complete" in log for name in CALLS["first"])
 
@@ -391,7 +393,9 @@ def test_jobs_cover_every_shape_and_configuration():
     jobs = build.jobs(90)
     assert {job.width for job in jobs} >= {shape.width for shape in SHAPES}
     assert {job.top_k for job in jobs} >= set(TOP_K)
-    lists = [build.tuning.candidates(kernel, 9, torch.bfloat16, 4096) for kernel in build.tuning.CONFIGS]
+    lists = [
+        build.tuning.candidates(kernel, 9, torch.bfloat16, 4096, unproven=True) for kernel in build.tuning.CONFIGS
+    ]
     assert {job.choice for job in jobs if job.backend == "triton"} == set(range(max(map(len, lists))))
 
 
@@ -468,7 +472,8 @@ def test_what_the_sanitizers_watch(monkeypatch):
     hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
     monkeypatch.setattr(sanitizer, "evaluate", lambda *_: chosen.append(triton_.choose("retain", hidden, 0, 0, None)))
     sanitizer.run_kernels(torch.device("cpu"), "triton")
-    assert [config.TMA for config in chosen] == [False] * 4 + [True] * 2
+    assert [config.TMA for config in chosen] == [False] * 4 + [True] * 4
+    assert [config.PERSISTENT for config in chosen] == [False] * 6 + [True] * 2
 
 
 def test_rivals_of_both_calls_are_known():

@@ -255,7 +255,7 @@ def test_fixed_choice(gpu, cache, monkeypatch):
 
 
 def test_a_list_of_one_is_not_timed(gpu, cache):
-    assert gpu.choose(width=100) == SMALL
+    assert gpu.choose(width=100, tma=False) == SMALL
     assert not gpu.prepared
     assert not cache.exists()
 

@@ -8,6 +8,7 @@ small `[N, H]` gradient is the float32 accumulator. A row keeps one running soft
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,29 +19,40 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class Entries:
-    """The selected ids of each row in ascending order: its top-k ids and its label. Duplicates stay, side by side."""
+    """The selected ids of each row in ascending order: its top-k ids and its label. Duplicates stay, side by side.
+
+    Among equals the label comes last.
+    """
 
     ids: Tensor  # [n, M] int32
-    in_topk: Tensor  # [n, M] bool
     order: Tensor  # [n, M] int64: position of each entry in [topk..., label]
+    pairs: bool = False  # no id is known to stand more than twice in a row
 
     @classmethod
     def merge(cls, labels: Tensor, topk_ids: Tensor | None) -> "Entries":
-        k = 0 if topk_ids is None else topk_ids.shape[1]
         ids = labels[:, None] if topk_ids is None else torch.cat([topk_ids.to(labels.dtype), labels[:, None]], 1)
         ids, order = ids.sort(dim=1, stable=True)
-        return cls(ids.to(torch.int32).contiguous(), order < k, order)
+        return cls(ids.to(torch.int32).contiguous(), order)
 
-    def rows(self, part: slice) -> "Entries":
-        """The entries of some rows: views."""
-        return Entries(self.ids[part], self.in_topk[part], self.order[part])
+    def rows(self, part: slice | Tensor) -> "Entries":
+        """The entries of some rows: views of a slice."""
+        return Entries(self.ids[part], self.order[part], self.pairs)
 
-    @property
+    @cached_property
+    def in_topk(self) -> Tensor:
+        """`[n, M]` bool."""
+        return self.order < self.order.shape[1] - 1
+
+    @cached_property
     def repeats(self) -> Tensor:
         """`[n, M]` bool: the entry before has the same id."""
         same = torch.zeros_like(self.in_topk)
         same[:, 1:] = self.ids[:, 1:] == self.ids[:, :-1]
         return same
+
+    def thrice(self) -> Tensor:
+        """`[n]` bool: some id of the row stands three times or more."""
+        return (self.ids[:, 2:] == self.ids[:, :-2]).any(1)
 
 
 @dataclass(frozen=True)
