@@ -258,15 +258,15 @@ def report(results: dict) -> str:
 
 def occupancy(results: dict) -> str:
     """For docs/triton.md: Hopper's bfloat16 blocks without options, a cell "registers, blocks" for each Triton."""
-    kernels = {f"fused.forward: {k}": k for k in ("forward", "retain")}
-    kernels["fused.logit_gradient: gradient"] = "gradient"
+    names = {"forward": "forward", "retain": "forward", "gradient": "logit_gradient"}
+    kernels = {f"{module}.{name}: {k}": k for module in ("fused", "hopper") for k, name in names.items()}
     cells: dict[str, dict[str, list[str]]] = {}
     for row in (row for name, part in results.items() if name != CUDA for row in compiled_rows(part)):
         if (row.chip, row.dtype, row.variant) == (90, "bfloat16", "plain") and row.kernel in kernels:
-            cell = cells.setdefault(row.config, {}).setdefault(row.kernel, [])
+            cell = cells.setdefault(row.config, {}).setdefault(kernels[row.kernel], [])
             cell.append(f"{row.registers}, {row.blocks}")
-    lines = [[config, *("; ".join(by_kernel[k]) for k in kernels)] for config, by_kernel in cells.items()]
-    return markdown(["configuration", *kernels.values()], lines)
+    lines = [[config, *("; ".join(by_kernel.get(k, [])) for k in names)] for config, by_kernel in cells.items()]
+    return markdown(["configuration", *names], lines)
 
 
 def by_chip(compilers: dict[str, list[Compiled]], kernels: tuple[str, ...]) -> dict[str, list[Compiled]]:

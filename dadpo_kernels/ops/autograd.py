@@ -30,7 +30,7 @@ def selected_logps(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(label [N], topk [N, K], tail [N])`; for the backward `state [N, 3]`, `buffer [bytes]`, and those of `select`.
 
-    The state: lse, the tail's max and sum; the live plan adds three columns, see `LivePass.forward`.
+    The state is the summary of `ValidTokens.logps`; the live plan adds three columns, see `LivePass.forward`.
     """
     head = Head(weight, bias, logit_scale, softcap, temperature)
     selection = ValidTokens.select(labels, topk_ids, ignore_index, len(weight))
@@ -100,11 +100,10 @@ def selected_logps_backward(
     g = valid.gradients(outputs, grads, state, buffer, needs, grad_tolerance)
     index = valid.index
     del valid  # its copies of hidden and its workspace make room for the gradient of all tokens
-    none = hidden.new_empty(0)
     return (
-        none if g.hidden is None else spread_gradient(g.hidden, index, hidden),
-        none.clone() if g.weight is None else g.weight,
-        none.clone() if g.bias is None else g.bias.to(hidden.dtype),
+        hidden.new_empty(0) if g.hidden is None else spread_gradient(g.hidden, index, hidden),
+        hidden.new_empty(0) if g.weight is None else g.weight,
+        hidden.new_empty(0) if g.bias is None else g.bias.to(hidden.dtype),
     )
 
 

@@ -108,13 +108,16 @@ class ValidTokens:
     def logps(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(label [n], topk [n, K], tail [n], summary [n, 3])` from the softmax state of all columns.
 
-        The summary is what `gradients` needs of the state: lse, the tail's largest logit and its sum.
+        The summary is what `gradients` needs of the state: lse, and of the tail the largest logit and the inverse of
+        the sum relative to it; both 0 for an empty tail.
         """
         base, lse, tail = merge_tail(state, inside_topk(self.entries, state.selected))
         selected = (state.selected - base[:, None]) - lse[:, None]
         logps = torch.empty_like(selected).scatter_(1, self.entries.order, selected)
         k = logps.shape[1] - 1
-        return logps[:, k], logps[:, :k], tail, torch.stack([base + lse, state.max, state.sum.to(lse.dtype)], 1)
+        inverse = state.sum.to(lse.dtype).reciprocal().masked_fill(state.sum == 0, 0)
+        summary = torch.stack([base + lse, state.max.masked_fill(state.max == -torch.inf, 0), inverse], 1)
+        return logps[:, k], logps[:, :k], tail, summary
 
     def gradients(
         self,
@@ -154,12 +157,13 @@ class ValidTokens:
         self, outputs: Sequence[Tensor], grads: Sequence[Tensor], state: Tensor
     ) -> tuple[Coefficients, Tensor]:
         """The gradient of the logits, and what the live plan's forward says of dead columns, of the valid tokens."""
-        selected, incoming = (
-            (self.of_all(torch.cat([topk, label[:, None]], 1)), self.of_all(tail))
-            for label, topk, tail in (outputs, grads)
-        )
-        summary, dead = self.of_all(state).split([3, state.shape[1] - 3], 1)
-        return logit_coefficients(self.entries, self.head, *selected, summary, *incoming), dead
+        numbers = [(topk, label[:, None], tail[:, None]) for label, topk, tail in (outputs, grads)]
+        k = outputs[1].shape[1] + 1
+        parts = self.of_all(torch.cat([*numbers[0], *numbers[1], state], 1)).split([k, 1, k, 1, state.shape[1]], 1)
+        logps, tail, incoming, incoming_tail, state = parts
+        return logit_coefficients(
+            self.entries, self.head, logps, tail[:, 0], state[:, :3], incoming, incoming_tail[:, 0]
+        ), state[:, 3:]
 
     def live_pass(self, grad_tolerance: float, buffer: Tensor, tokens: int) -> LivePass:
         """The live pass over the valid ones of `tokens` tokens, with the buffer that forward and backward share."""

@@ -1,6 +1,7 @@
 """The CUDA backend executed without a GPU: its kernels' source compiled by g++, its Python class on CPU tensors."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from dadpo_kernels.ops.backends.registry import BACKENDS, Backend
 from tests.ops import contract
 from tests.ops.contract import Subject, budgets, operator_arguments
 from tests.support import cuda_host
-from tests.support.waiting import assert_no_waiting
+from tests.support.dense import IGNORE
+from tests.support.waiting import WAITING, Operations, assert_no_waiting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUBJECT = Subject(
@@ -63,6 +65,36 @@ def test_nothing_waits_for_the_device(monkeypatch, dtype):
     source = "".join(path.read_text() for path in cuda_host.CUDA.iterdir())
     called = set(re.findall(r"\bcuda[A-Z]\w+(?=\()", source))
     assert called == {"cudaSetDevice", "cudaLaunchKernelEx", "cudaGetLastError", "cudaGetErrorString"}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+def test_how_many_operations_a_step_takes(retain, masked):
+    """Two products in the backward, and one more where nothing is retained; two passes over `[N, H]` for the factors
+    of what is; beside these, operations on a few numbers a token, however large k is.
+    """
+    rows, width = 16, 8
+    arguments = list(operator_arguments("host", rows, 600, retain))
+    hidden, weight, _, labels, _, scale, softcap, temperature, _, backend, tolerance, _ = arguments
+    arguments[2], arguments[4] = None, torch.stack([torch.randperm(600)[:64] for _ in range(rows)])
+    if masked:
+        labels[3] = IGNORE
+    with torch.no_grad():
+        with Operations() as forward:
+            out = autograd.selected_logps._init_fn(*arguments)
+        grads = [torch.randn_like(o) for o in out[:3]]
+        options = (scale, softcap, temperature, backend, tolerance, [True, True, False])
+        with Operations() as backward:
+            autograd.selected_logps_backward._init_fn(*grads, hidden, weight, None, *out, *options)
+    products = ("mm", "addmm")
+    assert [name for name, _ in forward.calls if name in products] == ["mm"]
+    assert len([name for name, _ in backward.calls if name in products]) == (2 if retain else 3)
+    passes = [name for name, size in backward.calls if size == (rows - masked) * width and name not in products]
+    assert Counter(passes)["mul_"] + Counter(passes)["mul"] == (2 if retain else 0)
+    small = [name for name, _ in backward.calls if name not in products]
+    assert 20 < len(small) <= (50 if retain else 40)
+    waits = [name for name, _ in forward.calls + backward.calls if name in WAITING]
+    assert waits == ["_local_scalar_dense"] * 2  # on the CPU, a range is checked at once
 
 
 def test_row_passes_alone(monkeypatch):

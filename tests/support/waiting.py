@@ -14,11 +14,18 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_c
 class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.calls: list[tuple[str, int]] = []  # what computes: the name, elements of the result
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name, _ in self.calls}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (func.is_view or "empty" in name or name == "promote_types"):
+            self.calls.append((name, out.numel() if isinstance(out, torch.Tensor) else 0))
+        return out
 
 
 def assert_no_waiting(kind: type[Tiles], p: Problem, budget: int, backend: str) -> None:

@@ -32,9 +32,11 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     `addmm`. Elsewhere, where only tests come, the operands are widened.
     """
     if not a.is_cuda:
-        product = a.float() @ b.float()
-        out.copy_(out + product if add else product)
-        return
+        a, b = a.float(), b.float()
+        if out.dtype != torch.float32:
+            product = a @ b
+            out.copy_(out + product if add else product)
+            return
     wider: Any = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     with unsplit_sums(out.dtype):
         if add:
@@ -159,10 +161,11 @@ class RowTiles(Tiles):
         """
         c, values = coefficients.c, coefficients.values
         lift = (coefficients.base - retained.bases).exp()
-        largest = values.abs().amax(1)
-        least = (largest * FLOOR / lift.clamp(1.0, math.exp(REACH))).clamp(min=torch.finfo(c.dtype).tiny)
+        largest = torch.linalg.vector_norm(values, math.inf, 1)
+        least = largest * FLOOR / lift.clamp(1.0, math.exp(REACH))
+        least = torch.maximum(least, largest.clamp(max=torch.finfo(c.dtype).tiny))  # which may have underflowed
         factors = c / lift
-        factors = torch.maximum(factors.abs(), least * (largest > 0)).copysign(factors)
+        factors = torch.maximum(factors.abs(), least).copysign(factors)
         # A factor of 0 is left where all values are 0 too.
         outside = (values / factors.masked_fill(factors == 0, 1)[:, None]).to(retained.exps.dtype)
         self.exchange(retained.exps, outside)

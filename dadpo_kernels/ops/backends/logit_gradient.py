@@ -17,19 +17,18 @@ def logit_coefficients(
 
     Args:
         logps, grads: `[n, K + 1]`, of top-k and label; tail, grad_tail: `[n]`.
-        state: `[n, 3]`, lse, the tail's max and sum.
+        state: `[n, 3]`, lse, and of the tail the largest logit and the inverse of the sum relative to it; both 0 where
+            the top k covers the vocabulary.
     """
-    lse, tail_max, tail_sum = state.unbind(1)
-    grads, grad_tail = grads.to(state.dtype), grad_tail.to(state.dtype)
-    empty = tail_sum == 0  # the top k covers the vocabulary: log 0 takes no gradient
-    tail, grad_tail = tail.masked_fill(empty, 0), grad_tail.masked_fill(empty, 0)
+    lse, base, inverse = state.unbind(1)
+    grad_tail = grad_tail.masked_fill(inverse == 0, 0)  # log 0 takes no gradient
     total = grads.sum(1) + grad_tail
-    c = torch.addcmul(grad_tail, total, tail.exp(), value=-1).masked_fill(empty, 0)  # dz_j = c exp(z_j - lse_tail)
+    c = torch.addcmul(grad_tail, total, tail.exp(), value=-1)  # dz_j = c exp(z_j - lse_tail)
 
     logp = logps.gather(1, entries.order)
     g, in_topk = segment_sums(entries, grads.gather(1, entries.order))
     # In the top k, -total exp(logp); a label outside, c exp(logp - tail); and what comes in.
-    share = logp.sub(tail[:, None]).where(~in_topk, logp).exp()
+    share = torch.where(in_topk, logp, logp - tail[:, None]).exp()
     values = torch.addcmul(g, torch.where(in_topk, -total[:, None], c[:, None]), share)
 
     slope = head.slope(logp + lse[:, None])
@@ -38,23 +37,22 @@ def logit_coefficients(
     factor = head.logit_scale / head.temperature
     if factor != 1:
         c, values = c * factor, values * factor
-    return Coefficients(c / tail_sum.masked_fill(empty, 1), tail_max.masked_fill(empty, 0), values)
+    return Coefficients(c * inverse, base.contiguous(), values)
 
 
 def segment_sums(entries: Entries, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of `grads [n, M]` over equal ids, and whether any of them is a top-k id, at each.
+    """The sum of `grads [n, M]` over equal ids, and whether any of them is a top-k id, at each; edits `grads`.
 
     Exact where an id stands alone. Among equals the label comes last, so all before it are top-k ids.
     """
     ids, in_topk = entries.ids, entries.in_topk.clone()
     same = ids[:, 1:] == ids[:, :-1]
-    in_topk[:, 1:] |= same
+    in_topk[:, 1:].logical_or_(same)
     if entries.pairs:
         before, behind = grads[:, :-1] * same, grads[:, 1:] * same
-        sums = grads.clone()
-        sums[:, 1:] += before
-        sums[:, :-1] += behind
-        return sums, in_topk
+        grads[:, 1:].add_(before)
+        grads[:, :-1].add_(behind)
+        return grads, in_topk
     return scan(ids, grads, False) + scan(ids, grads, True) - grads, in_topk
 
 
