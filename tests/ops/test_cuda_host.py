@@ -76,7 +76,8 @@ def test_how_many_operations_a_step_takes(retain, masked):
     rows, width = 16, 8
     arguments = list(operator_arguments("host", rows, 600, retain))
     hidden, weight, _, labels, _, scale, softcap, temperature, _, backend, tolerance, _ = arguments
-    arguments[2], arguments[4] = None, torch.stack([torch.randperm(600)[:64] for _ in range(rows)])
+    arguments[2], arguments[6], softcap = None, None, None
+    arguments[4] = torch.stack([torch.randperm(600)[:64] for _ in range(rows)])
     if masked:
         labels[3] = IGNORE
     with torch.no_grad():

@@ -25,12 +25,12 @@ class Backend(NamedTuple):
     live: type[LivePass] = LivePass  # its live plan
 
 
-# In order of preference. `triton` stays behind `triton_rows`, whose products are cuBLAS's, until a GPU has timed both.
+# In order of preference; on GPUs by the cost model of `benchmarks/gpu_suite`, until one has timed them.
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLivePass),
+    "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "cuda": Backend(cuda.CudaTiles, cuda.obstacle, ("cuda",)),
     "triton_rows": Backend(triton_.TritonTiles, triton_.obstacle, ("cuda",)),
-    "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
     "torch": Backend(torch_.TorchTiles, torch_.obstacle, ("cpu", "cuda", "xpu", "mps")),
 }
 
