@@ -120,6 +120,8 @@ def configured(s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str
     """
     if reason := BACKENDS["triton"].obstacle(s.device, torch.bfloat16):
         raise Unavailable(reason)
+    if s.dry and config.PERSISTENT:
+        raise Unavailable("Triton's interpreter does not run Gluon")
     times: list[float] = []
 
     def timed(*arguments) -> tuning.Config:

@@ -242,21 +242,23 @@ class Values(Contract):
     def test_gradient_of_one_output_alone(self, subject):
         """Incoming gradients that are zero but for one output, zero altogether, or tiny beside large values."""
         p = subject.problem(bias=True)
-        k = p.topk_ids.shape[1]
-        balanced = (float(k), -1.0, 0.0)  # nothing reaches the lse: the selected entries alone get any
-        for weights in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), balanced, (1e-18, 1e-18, 1e-30)):
+        k = float(p.topk_ids.shape[1])
+        # Balanced: nothing reaches the lse, and the selected entries alone get any.
+        balanced, small = (k, -1.0, 0.0), (k * 2.0**-33, -(2.0**-33), 0.0)
+        for weights in ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), balanced, small, (1e-18, 1e-18, 1e-30)):
 
-            def gradient(loss_of, weights=weights):
-                hidden = p.hidden.clone().requires_grad_()
+            def gradients(loss_of, weights=weights):
+                hidden, p.weight = (t.detach().clone().requires_grad_() for t in (p.hidden, p.weight))
                 loss = sum(w * o.sum() for w, o in zip(weights, loss_of(hidden), strict=True))
-                return torch.autograd.grad(loss, hidden)[0] / max(*weights, 1e-38)
+                return [g / max(*weights, 1e-38) for g in torch.autograd.grad(loss, (hidden, p.weight))]
 
-            want = gradient(lambda hidden: Subject("reference").logps(p, hidden, 0))
-            assert (want.abs().max() > 0) == (sum(weights) > 0)
+            wanted = gradients(lambda hidden: Subject("reference").logps(p, hidden, 0))
+            assert (wanted[0].abs().max() > 0) == (sum(weights) > 0)
             for plan in subject.plans:
                 budget = budgets(p, torch.float32)[plan]
-                got = gradient(lambda hidden, budget=budget: subject.logps(p, hidden, budget))
-                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+                got = gradients(lambda hidden, budget=budget: subject.logps(p, hidden, budget))
+                for gradient, want in zip(got, wanted, strict=True):
+                    torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
 
 
 class Conduct(Contract):

@@ -50,8 +50,10 @@ def test_long_sums_are_not_split(dtype, kind, before):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton_rows", "triton"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_recomputing_takes_at_most_300_mib(shape, backend):
-    """Above inputs and gradients, for 8,192 tokens in bfloat16: a tile, and hidden's gradient in float32."""
+def test_a_step_takes_at_most_300_mib(shape, backend):
+    """Above inputs, gradients and what is retained, for 8,192 tokens in bfloat16: a tile, or hidden times the factors,
+    and hidden's gradient in float32.
+    """
     if backend == "cuda" and cuda._cuda is None:
         pytest.skip("dadpo_kernels._cuda is not built here (no nvcc)")
     width, vocab = SHAPES[shape]

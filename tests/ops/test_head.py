@@ -123,13 +123,22 @@ def test_float64_stays_what_it_is_under_autocast():
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_ids_that_change_behind_autograds_back_do_not_reach_a_kernel(backend):
-    """NumPy shares their memory, and autograd's version counter sees nothing."""
+    """NumPy shares their memory, and autograd's version counter sees nothing: the backward has the forward's ids."""
     p, head = problem()
-    hidden, labels = p.hidden.clone().requires_grad_(), p.labels.clone()
-    out = linear_selected_logps(hidden, head, labels, p.topk_ids, backend=backend)
-    labels.numpy()[-1] = 2**31 + 7
+    labels, ids = p.labels.clone(), p.topk_ids.clone()
+
+    def gradient(change: bool) -> torch.Tensor:
+        hidden = p.hidden.clone().requires_grad_()
+        out = linear_selected_logps(hidden, head, labels, ids, backend=backend)
+        if change:
+            labels.numpy()[-1] = ids.numpy()[:] = 2**31 + 7
+        return torch.autograd.grad(out.label.sum() + out.topk.sum(), hidden)[0]
+
+    want = gradient(False)
+    assert torch.equal(gradient(True), want)
+    assert want.abs().sum() > 0
     with pytest.raises(ValueError, match=r"labels\[6\] is 2147483655: outside the head's vocabulary"):
-        out.label.sum().backward()
+        gradient(False)
 
 
 def test_an_empty_weight_is_named_as_sharded():

@@ -171,7 +171,7 @@ def test_without_a_product_every_loop_counts():
 
 
 FINE = Compiled(
-    90, "backward.logit_gradient: gradient", "bfloat16", "plain", "128x128", registers=128, stack=0, spills=0,
+    90, "fused.logit_gradient: gradient", "bfloat16", "plain", "128x128", registers=128, stack=0, spills=0,
     loop_spills=0, serialised=False, shared=98_304, instructions=["wgmma"], missing=[], blocks=2, occupancy=0.25,
 )  # fmt: skip
 

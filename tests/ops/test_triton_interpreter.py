@@ -16,11 +16,12 @@ from torch.library import opcheck
 from benchmarks.gpu_suite import row_passes
 from benchmarks.gpu_suite.kernels import row_passes_and_sweep
 from benchmarks.gpu_suite.settings import Settings
+from benchmarks.gpu_suite.timing import attempt
 from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends import gpu_base, triton_
 from dadpo_kernels.ops.backends.base import Best, Coefficients, Entries, Grads, Retained, State
 from dadpo_kernels.ops.backends.registry import BACKENDS, resolve
-from dadpo_kernels.ops.backends.tuning import CONFIGS
+from dadpo_kernels.ops.backends.tuning import CONFIGS, UNPROVEN
 from dadpo_kernels.ops.head import Head
 from tests.ops import contract
 from tests.ops.contract import OPTIONS, PROBLEMS, Subject, budgets, operator_arguments
@@ -108,8 +109,10 @@ def test_sweep_of_configurations():
     dry = Settings(dry=True)
     tasks = [task for task in row_passes_and_sweep(dry, "all") if "config" in task.name]
     of_one_shape = [task for task in tasks if task.name["shape"] == tasks[0].name["shape"]]
-    rows = [task.name | task.run() for task in of_one_shape]
+    rows = [task.name | attempt(task.run) for task in of_one_shape]
     assert {row["kernel"] for row in rows} == set(CONFIGS)
+    assert [row["kernel"] for row in rows if "not run Gluon" in row.get("skipped", "")] == list(UNPROVEN)
+    rows = [row for row in rows if not row["config"].endswith("persistent")]
     assert all(row["ok"] for row in rows), rows
     assert any(row["config"].endswith("TMA") for row in rows)
 

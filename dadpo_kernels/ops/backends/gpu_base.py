@@ -47,7 +47,10 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
 @contextmanager
 def unsplit_sums(dtype: torch.dtype) -> Iterator[None]:
-    """cuBLAS does not split a long sum and round its parts, which a switch of PyTorch's allows it by default."""
+    """cuBLAS does not split a long sum and round its parts, which PyTorch allows it by default.
+
+    The switch is the process's: a thread that uses another device meanwhile may find it either way.
+    """
     matmul, kinds = torch.backends.cuda.matmul, {torch.bfloat16: "bf16", torch.float16: "fp16"}
     name = f"allow_{kinds[dtype]}_reduced_precision_reduction" if dtype in kinds else None
     if name is None or not getattr(matmul, name):
