@@ -46,7 +46,13 @@ SOURCES = {
 COMMITTED = ROOT / "tools/static.json"
 COMPILERS = ("3.6.0", "3.9.0")  # Tritons: PyTorch 2.11's, and the newest
 CUDA = "CUDA C++"
-FUSED = {"forward": "forward", "retain": "forward", "gradient": "logit_gradient", "repair": "repair"}  # by `CONFIGS`
+FUSED = {
+    "forward": "forward",
+    "retain": "forward",
+    "gradient": "logit_gradient",
+    "probe": "forward",
+    "repair": "repair",
+}  # by `CONFIGS`
 ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
 VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, ragged width": (True, 72)}
@@ -97,18 +103,18 @@ def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[tu
 
 
 def one_pass(tiles: RowTiles, name: str) -> None:
+    assert isinstance(tiles, triton_.FusedTiles)
     columns, entries = len(tiles.head.weight), tiles.entries.ids.shape[1]
     state = State.new(ROWS, entries, tiles.hidden)
-    if name == "gradient":
-        assert isinstance(tiles, triton_.FusedTiles)
-        tiles.logit_gradient(0, columns, Coefficients(state.max, state.max, state.selected))
-        return
     retained = Retained(tiles.padded(columns, tiles.hidden.dtype), tiles.hidden.new_zeros(ROWS, dtype=torch.float32))
-    if name == "repair":
-        assert isinstance(tiles, triton_.FusedTiles)
+    if name == "gradient":
+        tiles.logit_gradient(0, columns, Coefficients(state.max, state.max, state.selected))
+    elif name == "probe":
+        tiles.partial_states(name, 0, columns, state, None)
+    elif name == "repair":
         tiles.repair(state.max, retained)
-        return
-    tiles.forward(0, columns, state, retained if name == "retain" else None)
+    else:
+        tiles.forward(0, columns, state, retained if name == "retain" else None)
 
 
 def label(dtype: torch.dtype) -> str:

@@ -174,11 +174,16 @@ def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Ten
         return state.max, state.sum, state.selected
 
     def repair() -> tuple[Tensor, ...]:
-        retained.bases.zero_()
-        tiles.repair(REACH + 14 * ones, retained)
+        retained.bases.fill_(14 - 2 * REACH)
+        tiles.repair(14 * ones, retained)
         return retained.exps.float(), retained.bases.clone()
 
+    def probe() -> tuple[Tensor, ...]:
+        state = State.new(rows, entries, tiles.hidden)
+        return tiles.partial_states("probe", 0, columns, state, None)
+
     return {
+        "probe": probe,
         "repair": repair,
         "forward": lambda: forward(None),
         "retain": lambda: (*forward(retained), retained.exps.float(), retained.bases.clone()),

@@ -2,6 +2,7 @@
 // first column in the vocabulary; `z`, `slope`, `exps` and `dz` are [kGroup], one row's part of the group.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../common/online_softmax.h"
@@ -125,7 +126,8 @@ inline void gradient_row(const Tile& t, const Gradient& g, long row, long column
 template <typename T, typename U>
 inline void gradient_row_retained(const Tile& t, const Gradient& g, long row, long column, const T* exps, float base,
                                   U* dz) {
-    const float factor = g.coefficient[row] * expf(base - g.base[row]);
+    // A group without a tail has base 0, which may be far above; its exponentials are all 0.
+    const float factor = g.coefficient[row] * expf(std::min(base - g.base[row], 0.0f));
     for (long v = 0; v < kGroupVectors; v++) store_as(dz + v * kLanes, load_as(exps + v * kLanes) * factor);
     overwrite_entries(t, g, row, column, dz);
 }

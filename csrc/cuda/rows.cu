@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kChunks>) forward_kernel(F
     const int32_t* ids = t.entries.ids + row * t.entries.count;
     const float before = a.state.max[row];
     T* exps = a.exps.data ? static_cast<T*>(a.exps.data) + row * a.exps.stride : nullptr;
-    float base = exps ? a.bases[row] : 0.0f;
+    float base = exps && before != -INFINITY ? a.bases[row] : 0.0f;
     const Window w(products, t.columns);
     float z[kChunks * kVector];
     load_logits<kChunks>(t, products, w, z);

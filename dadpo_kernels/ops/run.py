@@ -47,13 +47,15 @@ class Run:
         """The backend of a call with tensors of this device and dtype."""
         return resolve(self.backend, device, dtype)
 
-    def buffer_bytes(self, tokens: int, vocab: int, dtype: torch.dtype) -> int:
+    def buffer_bytes(self, tokens: int, vocab: int, dtype: torch.dtype, backend: str) -> int:
         """Size of the buffer that the forward fills for the backward: the budget, or less if less can be used.
 
         Known from shapes alone, before masked tokens are counted, so that a compiler can trace it.
         """
         if self.grad_tolerance is not None:
             return live_buffer_bytes(tokens, vocab, dtype.itemsize, self.budget_bytes)
+        if not BACKENDS[backend].tiles.retained_step(vocab, dtype):
+            return 0
         columns = vocab + 512  # padding of the tiles' rows, and a base for each group of columns
         everything = tokens * (columns * dtype.itemsize + columns // 16) + columns // 4
         return min(self.budget_bytes, everything)
@@ -116,5 +118,5 @@ def plan_for(
     run = Run(backend, memory_budget, grad_tolerance)
     if grad_tolerance is None or not (grad_hidden or grad_weight):
         return exact_plan(backend, rows, vocab, width, dtype, run.budget_bytes, grad_hidden, grad_weight)
-    buffer_bytes = run.buffer_bytes(tokens, vocab, dtype)
+    buffer_bytes = run.buffer_bytes(tokens, vocab, dtype, backend)
     return make_live_plan(tokens, rows, vocab, width, dtype.itemsize, buffer_bytes, grad_tolerance)

@@ -111,7 +111,7 @@ def selected_logps_of(
     else:
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))):
             run = replace(run, memory_budget=0, grad_tolerance=None)  # without a backward there is nothing to save
-        buffer_bytes = run.buffer_bytes(len(y), len(head.weight), hidden.dtype)
+        buffer_bytes = run.buffer_bytes(len(y), len(head.weight), hidden.dtype, backend)
         debug("backend %s, %d bytes for the backward, grad_tolerance=%s", backend, buffer_bytes, run.grad_tolerance)
         label, topk, tail, *_ = autograd.selected_logps(
             flat, head.weight, head.bias, y, ids, head.logit_scale, head.softcap, head.temperature, ignore_index,

@@ -101,13 +101,14 @@ def vocab_parallel_of(
     # The pass over this rank's columns.
     flat = hidden.reshape(-1, hidden.shape[-1])
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *head.tensors))
+    backend = run.resolve(hidden.device, hidden.dtype)
     options = _Options(
         head.logit_scale,
         head.softcap,
         head.temperature,
         ignore_index,
-        run.resolve(hidden.device, hidden.dtype),
-        run.buffer_bytes(len(flat), len(head.weight), hidden.dtype) if tracked else 0,
+        backend,
+        run.buffer_bytes(len(flat), len(head.weight), hidden.dtype, backend) if tracked else 0,
         first,
         vocab,
     )

@@ -111,6 +111,16 @@ def minus_infinity(subject: Subject) -> Problem:
     return p
 
 
+def nothing_then_little(subject: Subject) -> Problem:
+    """Columns that may be retained hold -inf alone, all others are far below 0: a base of 0 would be far too high."""
+    p = with_bias(subject, slice(None), -130.0)
+    half = subject.vocab // 2
+    p.bias[:half] = -torch.inf
+    p.labels = torch.where(p.labels == IGNORE, IGNORE, half + p.labels % half)
+    p.topk_ids = half + p.topk_ids % half
+    return p
+
+
 def confident(subject: Subject, label_inside: bool = False) -> Problem:
     """A tail of e^-60: its logarithm keeps its digits, and so does the gradient that it alone carries."""
     p = subject.problem(k=3)
@@ -147,6 +157,7 @@ def transposed(subject: Subject) -> Problem:
 # Logits of one tile 200 away from the others': nothing overflows, underflow is exact zero.
 PROBLEMS: dict[str, Callable[[Subject], Problem]] = {
     "-inf": minus_infinity,
+    "-inf, then -130": nothing_then_little,
     "every logit -300": lambda s: with_bias(s, slice(None), -300.0),
     "every logit -60": lambda s: with_bias(s, slice(None), -60.0),
     "every logit +60": lambda s: with_bias(s, slice(None), 60.0),

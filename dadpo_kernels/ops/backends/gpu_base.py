@@ -22,7 +22,7 @@ WORKSPACE = 128 * 2**20  # bytes of a tile of products in float32 and of its gra
 COLUMNS = 8  # rows of a tile start at multiples of this many columns, for 16-byte accesses
 STEP = 256  # columns: a block of every kernel divides it
 REACH = 30.0  # nats that the tail of a row may rise above its base: e^30 < 2^44
-FLOOR = 2.0**-50  # of a row's largest gradient: what `entered` may add to others
+FLOOR = 2.0**-40  # of a row's largest gradient: what `entered` may add to others
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -163,7 +163,8 @@ class RowTiles(Tiles):
         `exp(base - bases)`, and none above `exp(REACH)`.
         """
         c, values = coefficients.c, coefficients.values
-        lift = (coefficients.base - retained.bases).exp()
+        # A row without a tail in the retained columns has base 0, however low its other logits are.
+        lift = (coefficients.base - retained.bases).clamp(min=-REACH).exp()
         largest = torch.linalg.vector_norm(values, math.inf, 1)
         least = largest * FLOOR / lift.clamp(1.0, math.exp(REACH))
         least = torch.maximum(least, largest.clamp(max=torch.finfo(c.dtype).tiny))  # which may have underflowed

@@ -72,7 +72,8 @@ class TorchTiles(Tiles):
             if slope is not None:
                 dz *= slope
         else:
-            dz = retained.exps.to(c.dtype) * (c * (retained.bases[:, 0] - base).exp())[:, None]
+            # A tile without a tail has base 0, which may be far above; its exponentials are all 0.
+            dz = retained.exps.to(c.dtype) * (c * (retained.bases[:, 0] - base).clamp(max=0).exp())[:, None]
         dz = torch.cat([dz, dz.new_empty(len(dz), 1)], 1)
         dz.scatter_(1, self.columns_of(first, columns)[1], coefficients.values)
         dz = dz[:, :columns]

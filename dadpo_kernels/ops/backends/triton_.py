@@ -227,9 +227,12 @@ class FusedTiles(TritonTiles):
         return self.launcher(name, config, (blocks,), first, columns, *described, *store, *arguments)
 
     def partial_states(
-        self, first: int, columns: int, state: State, retained: Retained | None
+        self, kernel: str, first: int, columns: int, state: State, retained: Retained | None
     ) -> tuple[Tensor, Tensor]:
-        """Maxima and sums `[blocks of columns, n]` of the tail; entries' logits and exponentials are stored."""
+        """Maxima and sums `[blocks of columns, n]` of the tail; entries' logits and exponentials are stored.
+
+        `kernel` is its name in `tuning`.
+        """
         exps = retained.exps[:, first : first + columns] if retained else None
         bases = retained.bases if retained else None
 
@@ -240,7 +243,6 @@ class FusedTiles(TritonTiles):
                 "forward", config, first, columns, exps, self.drop, state.selected, *parts, bases
             )
 
-        kernel = "retain" if retained else "forward"
         parts, launch = prepare(choose(kernel, self.hidden, self.softcap, self.tma, lambda c: prepare(c)[1]))
         launch()
         return parts[0], parts[1]
@@ -248,9 +250,10 @@ class FusedTiles(TritonTiles):
     def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
         with torch.cuda.device_of(self.hidden):
             if retained and first == 0:
-                maxima, _ = self.partial_states(0, min(columns, PROBE), state, None)
+                maxima, _ = self.partial_states("probe", 0, min(columns, PROBE), state, None)
                 retained.bases.copy_(finite(maxima.amax(0)))
-            maxima, sums = self.partial_states(first, columns, state, retained)
+            kernel = "retain" if retained else "forward"
+            maxima, sums = self.partial_states(kernel, first, columns, state, retained)
             kernels("fused").merge[(-(-self.rows // 32),)](
                 maxima, sums, self.rows, len(maxima), state.max, state.sum, ROWS=32, GROUPS=32
             )

@@ -78,6 +78,8 @@ CONFIGS = {
     "forward": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
     "retain": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [NARROW, NARROW.described, SQUARE, SQUARE.described]},
     "gradient": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
+    # A few columns, and none most of the time: not worth timing.
+    "probe": {8: [SQUARE]},
     "repair": {8: [NARROW]},
 }
 

@@ -51,13 +51,12 @@ def store_selected(
 
 @triton.jit
 def absorb(maximum, total, state_max, state_sum):
-    """Merges `(maximum, total)` into a row's running softmax state, its sum in float64; returns the maximum before."""
+    """Merges `(maximum, total)` into a row's running softmax state, its sum in float64."""
     before = tl.load(state_max)
     merged = tl.maximum(before, maximum)
     kept = tl.load(state_sum) * tl.exp(before - finite(merged)).to(tl.float64)
     tl.store(state_max, merged)
     tl.store(state_sum, kept + total.to(tl.float64) * tl.exp(maximum - finite(merged)).to(tl.float64))
-    return before
 
 
 @triton.jit
@@ -86,8 +85,13 @@ def forward(
     A row's base is the largest logit of the first tile that has any. Where a later one rises above it by more than
     `reach`, which is rare, it becomes the base, and the row's exponentials so far follow.
     """
-    # Load the logits, store those of the entries, and mask the top-k ids out of the tail.
     row = tl.program_id(0).to(tl.int64)
+    if exps is not None:
+        before = tl.load(state_max + row)
+        empty = before == float("-inf")
+        base = tl.load(bases + row, mask=~empty, other=0.0)
+        tl.debug_barrier()  # every warp has read what one of them will store
+    # Load the logits, store those of the entries, and mask the top-k ids out of the tail.
     products += row * stride
     ids += row * entries
     z = row_logits(products, columns, bias, scale, softcap, inv_temperature, SOFTCAP, BLOCK)
@@ -103,12 +107,10 @@ def forward(
     # The tail's state, from exponentials relative to the tile's maximum.
     largest = tl.max(z, 0)
     e = tl.exp(z - finite(largest))
-    before = absorb(largest, tl.sum(e, 0), state_max + row, state_sum + row)
+    absorb(largest, tl.sum(e, 0), state_max + row, state_sum + row)
     # Relative to the row's base, they are retained.
     if exps is not None:
         exps += row * exps_stride
-        base = tl.load(bases + row)
-        empty = before == float("-inf")
         if empty | (largest > base + reach):
             if not empty:
                 rebase(exps, first, base, largest, BLOCK)
