@@ -1,12 +1,17 @@
 """What the GPU backends share: how products are rounded, and what a pass holds in memory."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dadpo_kernels.ops.backends import cuda, gpu_base
+from dadpo_kernels.ops.backends.base import Entries, run_forward
 from dadpo_kernels.ops.backends.registry import BACKENDS
+from dadpo_kernels.ops.head import Head
+from dadpo_kernels.ops.run import plan_for
 
 SHAPES = {
     "Qwen2.5-0.5B": (896, 151_936),
@@ -62,3 +67,43 @@ def test_a_step_takes_at_most_300_mib(shape, backend):
     assert columns >= 2048  # wide enough for products that fill a GPU
     held = tiles.workspace_bytes(8192, columns, width, torch.bfloat16, True) + 8192 * width * 4
     assert held <= 300 * 2**20
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made inside held at a time, in addition to those of `known`."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.sizes = {tensor.untyped_storage().data_ptr(): 0 for tensor in known}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            address = storage.data_ptr()
+            if address not in self.sizes:
+                self.sizes[address] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, address, None)
+            self.most = max(self.most, sum(self.sizes.values()))
+        return out
+
+
+@pytest.mark.parametrize("budget", [0, 2**28])
+def test_a_fused_forward_holds_no_more_than_is_estimated(monkeypatch, budget):
+    """All that it allocates for 8,192 tokens, with launches that do nothing."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *_, grid, warmup, **__: None)
+    rows, vocab, width, k = 8192, 151_936, 64, 64
+    hidden, weight = (torch.zeros(n, width, dtype=torch.bfloat16) for n in (rows, vocab))
+    labels, ids = torch.zeros(rows, dtype=torch.int64), torch.arange(k).expand(rows, k)
+    entries = Entries.merge(labels, ids)
+    plan = plan_for(rows, vocab, width, torch.bfloat16, backend="triton", memory_budget=budget)
+    buffer = torch.empty(plan.retained_bytes, dtype=torch.uint8)
+    assert (len(buffer) > 0) == (budget > 0)
+    tiles = BACKENDS["triton"].tiles(hidden, Head(weight, None, 1.0, None, 1.0), entries)
+    with Held(hidden, weight, buffer, entries.ids, entries.order) as held:
+        state = run_forward(tiles, plan, buffer)
+    kept = sum(t.nbytes for t in (state.max, state.sum, state.selected))
+    estimate = tiles.workspace_bytes(rows, plan.tile, width, torch.bfloat16, True)
+    assert 10 * 2**20 < held.most - kept <= estimate
