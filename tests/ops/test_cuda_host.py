@@ -11,6 +11,7 @@ from torch.library import opcheck
 from benchmarks.gpu_suite import row_passes
 from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends.registry import BACKENDS, Backend
+from dadpo_kernels.ops.run import Run
 from tests.ops import contract
 from tests.ops.contract import Subject, budgets, operator_arguments
 from tests.support import cuda_host
@@ -65,6 +66,13 @@ def test_nothing_waits_for_the_device(monkeypatch, dtype):
     source = "".join(path.read_text() for path in cuda_host.CUDA.iterdir())
     called = set(re.findall(r"\bcuda[A-Z]\w+(?=\()", source))
     assert called == {"cudaSetDevice", "cudaLaunchKernelEx", "cudaGetLastError", "cudaGetErrorString"}
+
+
+def test_float16_keeps_nothing_for_the_backward():
+    """It cannot be retained, so no buffer is allocated for it."""
+    run = Run(memory_budget=2**31)
+    assert run.buffer_bytes(64, 2000, torch.float16, "host") == 0
+    assert run.buffer_bytes(64, 2000, torch.bfloat16, "host") >= 2 * 64 * 2000
 
 
 @pytest.mark.parametrize("masked", [False, True])
