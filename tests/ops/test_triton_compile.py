@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from dadpo_kernels.ops.backends.base import Coefficients, Retained, State
 from dadpo_kernels.ops.backends.tuning import CONFIGS, TALL, UNPROVEN, Config
 from dadpo_kernels.ops.backends.tuning import SMALL as SMALL_BLOCK
 from tools import machine_code, static_report
@@ -333,3 +334,18 @@ def test_shared_memory_is_what_the_configurations_say(committed):
     assert fused
     for r in fused:
         assert r.shared <= configs[r.config].shared(r.kernel.rpartition(" ")[2], getattr(torch, r.dtype)), str(r)
+
+
+def test_row_kernels_store_16_bytes_at_a_time():
+    """What is retained behind other columns, and the gradient: Triton must see that they are aligned."""
+    tiles = static_report.problem(static_report.triton_.TritonTiles, torch.bfloat16, 4096, "plain")
+    rows = len(tiles.hidden)
+    state = State.new(rows, tiles.entries.ids.shape[1], tiles.hidden)
+    retained = Retained(tiles.hidden.new_zeros(rows, 8192), torch.zeros(rows))
+    with static_report.offline.compiling(90) as compiled:
+        tiles.forward(0, 4096, state, retained)
+        tiles.logit_gradient(0, 4096, Coefficients(state.max, state.max, state.selected))
+    ptx = {name: kernel.asm["ptx"] for name, kernel in compiled.values()}
+    assert ptx.keys() == {"rows.forward", "rows.logit_gradient"}
+    for name, text in ptx.items():
+        assert "st.global.v4.b32" in text, name

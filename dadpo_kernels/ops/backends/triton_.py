@@ -99,7 +99,9 @@ class TritonTiles(RowTiles):
     def forward(self, first: int, columns: int, state: State, retained: Retained | None) -> None:
         with torch.cuda.device_of(self.hidden):
             e, products = self.entries, self.products(first, columns)
-            store = (retained.exps, retained.exps.stride(0), retained.bases) if retained else (None, 0, None)
+            store = (
+                (retained.exps[:, first:], retained.exps.stride(0), retained.bases) if retained else (None, 0, None)
+            )
             self.kernels.forward[(self.rows,)](
                 products, products.stride(0), columns, first, self.bias(first, columns), *self.transform,
                 e.ids, e.in_topk, e.ids.shape[1], state.selected, state.max, state.sum, *store, REACH,

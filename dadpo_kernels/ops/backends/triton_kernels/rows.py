@@ -61,12 +61,12 @@ def absorb(maximum, total, state_max, state_sum):
 
 @triton.jit
 def rebase(exps, first, base, largest, BLOCK: tl.constexpr):
-    """Makes the row's exponentials before column `first` relative to `largest` instead of `base`."""
+    """Makes the row's exponentials in the `first` columns before the pointer relative to `largest`, not to `base`."""
     factor = tl.exp(base - largest)
     for start in range(0, first, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        e = tl.load(exps + column, mask=column < first, other=0.0).to(tl.float32)
-        tl.store(exps + column, (e * factor).to(exps.dtype.element_ty), mask=column < first)
+        back = start + 1 + tl.arange(0, BLOCK)
+        e = tl.load(exps - back, mask=back <= first, other=0.0).to(tl.float32)
+        tl.store(exps - back, (e * factor).to(exps.dtype.element_ty), mask=back <= first)
 
 
 @triton.jit(do_not_specialize=["first", "entries"])
@@ -76,7 +76,7 @@ def forward(
     ids, in_topk, entries,  # [rows, entries] int32 (ascending along a row) and bool
     selected,  # [rows, entries] float32 written: the entries' logits
     state_max, state_sum,  # [rows] float32 and float64 updated: softmax state of the columns outside the top k
-    exps, exps_stride,  # [rows, >= first + columns] written, operands' dtype; row stride in elements; or None
+    exps, exps_stride,  # [rows, columns] written, operands' dtype, behind `first` others; row stride; or None
     bases, reach,  # [rows] float32 updated: the exponentials' reference; what the tail may rise above it
     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr,  # powers of two, at least columns and entries
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def forward(
         e *= tl.exp(tl.minimum(finite(largest) - base, reach))  # the minimum where nothing is finite: 0 * inf is NaN
         if SOFTCAP:
             e *= slope(z, softcap, inv_temperature)
-        tl.store(exps + first + column, e.to(exps.dtype.element_ty), mask=column < columns)
+        tl.store(exps + column, e.to(exps.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["first", "entries"])
