@@ -224,7 +224,7 @@ def test_plan_is_inspectable():
     plan = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=2**31, grad_weight=False)
     assert (plan.name, plan.units) == ("retain", 2)
     assert "frozen head" in str(plan)
-    buffer = Run(memory_budget=2**40).buffer_bytes(1024, 49152, torch.bfloat16)
+    buffer = Run(memory_budget=2**40).buffer_bytes(1024, 49152, torch.bfloat16, "cpu")
     assert plan.retained_bytes <= buffer < 1.05 * plan.retained_bytes
     half = plan_for(1024, 49152, 576, torch.bfloat16, backend="cpu", memory_budget=plan.retained_bytes // 2)
     assert half.name == "partial"
