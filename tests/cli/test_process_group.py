@@ -1,6 +1,7 @@
 """A command ends the process group that it has joined, whichever way it ends, and does not wait for other
 processes."""
 
+import contextlib
 import json
 import sys
 import time
@@ -39,8 +40,21 @@ def test_a_command_ends_its_group(tmp_path, monkeypatch, error, status):
     assert not dist.is_initialized()
 
 
-def threads_of_gloo():
-    return [task for task in Path("/proc/self/task").iterdir() if (task / "comm").read_text() == "pt_gloo_runloop\n"]
+def gloo_runs() -> bool:
+    """Whether a thread of a group is there."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text())
+    return "pt_gloo_runloop\n" in names
+
+
+def becomes(running: bool) -> bool:
+    """Waits, because a thread takes its name after it has started, and leaves the list after it was joined."""
+    end = time.monotonic() + 10
+    while gloo_runs() != running and time.monotonic() < end:
+        time.sleep(0.01)
+    return gloo_runs() == running
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="lists the process's threads")
@@ -51,12 +65,12 @@ def test_no_thread_of_the_group_outlives_a_command(tmp_path, monkeypatch):
         join_alone(tmp_path)
         trainer = {"group": dist.group.WORLD}
         trainer["callback"] = trainer
-        assert threads_of_gloo()
+        assert becomes(True)
         return 0
 
     monkeypatch.setattr(doctor, "run", run)
     assert main(["doctor"]) == 0
-    assert threads_of_gloo() == []
+    assert becomes(False)
 
 
 def test_an_error_that_main_does_not_handle(tmp_path, monkeypatch):
