@@ -11,6 +11,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What `torch.autocast` casts to on this device; None where it is off, or not known, as for meta tensors."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """`function` with `torch.autocast` disabled for the device of its first tensor.
 

@@ -1,10 +1,12 @@
-"""The primitive as two `torch.library` operators, forward and backward, which `torch.compile` sees as one node each.
+"""The primitive as two `torch.library` operators, forward and backward, and the two autograd Functions around them.
 
+`torch.compile` sees an operator as one node; eager autograd and `torch.func` see the Functions, see `_Function.call`.
 Operators take flat arguments: what travels as a `Head` and a `Run` elsewhere is taken apart here and nowhere else.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autocast import without_autocast
 from .backends.base import accumulator_dtype, run_forward
@@ -132,16 +134,69 @@ def _backward(ctx, grad_label, grad_topk, grad_tail, *_):
         torch.zeros_like(o) if g is None else g
         for g, o in zip((grad_label, grad_topk, grad_tail), saved[:3], strict=True)
     ]
-    out = selected_logps_backward(*grads, hidden, weight, bias, *saved, *ctx.options, needs)
+    out = BackwardFunction.call(*grads, hidden, weight, bias, *saved, *ctx.options, needs)
     return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 9
 
 
-def _second_derivative(ctx, *grads):
+selected_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_derivative(ctx, *_):
     raise RuntimeError(
-        "linear_selected_logps is differentiable once; for second derivatives (gradient penalties, Hessian products) "
-        'use backend="reference"'
+        "linear_selected_logps is differentiable once, in reverse mode; for second derivatives (gradient penalties, "
+        'Hessian products) and forward mode (jvp, jacfwd, dual numbers) use backend="reference"'
     )
 
 
-selected_logps.register_autograd(_backward, setup_context=_setup_context)
-selected_logps_backward.register_autograd(_second_derivative)
+class _Function(torch.autograd.Function):
+    """An operator, its `forward`, with what autograd and `torch.func` ask for in addition to `backward`."""
+
+    jvp = staticmethod(_no_derivative)  # an operator alone would drop the tangents and say nothing
+
+    @classmethod
+    def call(cls, *args):
+        """The outputs, from a node of the graph that is being compiled, or by `apply`.
+
+        Dynamo traces no Function with a `jvp`, and `torch.func` takes no operator with a registered derivative
+        (pytorch#170834): each gets the one that it can take. Transforms in a compiled program run eagerly.
+        """
+        if not torch.compiler.is_compiling():
+            return cls.apply(*args)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return torch.compiler.disable(cls.apply)(*args)
+        return cls.forward(*args)
+
+    @classmethod
+    def vmap(cls, info, in_dims, *args):
+        """One sample after the other, copied: a buffer among others may begin where no float can."""
+        samples = (
+            [a.select(dim, i).clone() if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)]
+            for i in range(info.batch_size)
+        )
+        outputs = [torch.stack(values) for values in zip(*(cls.call(*sample) for sample in samples), strict=True)]
+        return tuple(outputs), (0,) * len(outputs)
+
+
+class SelectedLogpsFunction(_Function):
+    """`selected_logps`, differentiable once."""
+
+    @staticmethod
+    def forward(*args):
+        return selected_logps(*args)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class BackwardFunction(_Function):
+    """`selected_logps_backward`, which is not differentiable."""
+
+    @staticmethod
+    def forward(*args):
+        return selected_logps_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    backward = staticmethod(_no_derivative)

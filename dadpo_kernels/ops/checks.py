@@ -12,9 +12,9 @@ def require(ok: Tensor, values: Tensor, name: str, remedy: str, index: Tensor | 
     Where `values` are those of the tokens at `index` of the flattened batch, the message says which token of it.
 
     On a GPU, and in a compiled graph, the condition is asserted on the device instead: the program stops with the
-    same message, a little later, and no kernel launch waits for the answer.
+    same message, a little later, and no kernel launch waits for the answer. Meta tensors have no values to check.
     """
-    if ok.is_cuda or torch.compiler.is_compiling():
+    if ok.is_cuda or ok.is_meta or torch.compiler.is_compiling():
         torch._assert_async(ok.all(), f"{name}: {remedy}")
     elif not ok.all():
         first = (~ok).nonzero()[0].tolist()

@@ -8,6 +8,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -85,9 +87,10 @@ class Head:
             TypeError: a DTensor, a dtype that is not supported, or dtypes that differ.
             ValueError: shapes or devices that do not fit, or an option out of range.
         """
-        head = self
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        for name, tensor in zip(("hidden", "weight", "bias"), (hidden, *self.tensors), strict=False):
+            _check_kind(name, tensor)
+        head, dtype = self, autocast_dtype(hidden.device)
+        if dtype is not None:
 
             def cast(tensor: Tensor) -> Tensor:
                 return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)  # as autocast does
@@ -98,15 +101,6 @@ class Head:
 
     def _check(self, hidden: Tensor) -> None:
         weight, bias = self.weight, self.bias
-        # Kinds of tensors.
-        for name, tensor in (("hidden", hidden), ("weight", weight)):
-            if hasattr(tensor, "full_tensor"):
-                raise TypeError(
-                    f"{name} is a DTensor; pass {name}.full_tensor(), or, where ranks with the same batch share the "
-                    "vocabulary, call vocab_parallel_selected_logps (vocab_group of the losses)"
-                )
-            if tensor.dtype not in FLOATS:
-                raise TypeError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}")
         # Shapes.
         if 0 in weight.shape:
             raise ValueError(f"weight {tuple(weight.shape)} is empty; gather a sharded weight (ZeRO-3, FSDP) first")
@@ -155,3 +149,18 @@ class Head:
     def slope(self, logits: Tensor) -> Tensor | None:
         """The softcap's derivative `1 - tanh²`, from logits as `transform` gives them; None for no softcap."""
         return None if self.softcap is None else 1 - (logits * (self.temperature / self.softcap)).square()
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Raise TypeError, before autocast casts anything: fp8 would become bfloat16 without its scale."""
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor; pass {name}.full_tensor(), or, where ranks with the same batch share the "
+            "vocabulary, call vocab_parallel_selected_logps (vocab_group of the losses)"
+        )
+    if tensor.dtype not in FLOATS:
+        quantised = "; quantised values (fp8, int8) need their scale: dequantise them first"
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}; expected one of {', '.join(map(str, FLOATS))}"
+            + (quantised if tensor.dtype.itemsize == 1 else "")
+        )

@@ -46,12 +46,15 @@ def linear_selected_logps(
     grad_tolerance: float | None = None,
     **head_options: Unpack[HeadOptions],
 ) -> SelectedLogps:
-    """Selected log-probabilities of `softmax(z)` without `[tokens, V]` logits, differentiable once.
+    """Selected log-probabilities of `softmax(z)` without `[tokens, V]` logits, differentiable once in reverse mode.
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
         label[n] = log q[n, labels[n]]
         topk[n, k] = log q[n, topk_ids[n, k]]
         tail[n] = log sum_j q[n, j] over the j that are not in topk_ids[n]
+
+    `torch.func.grad`, `vjp` and `vmap`, such as for gradients per sample, take it too; `vmap` runs the samples one
+    after the other, each with its own memory_budget. Meta tensors give shapes and dtypes.
 
     Args:
         hidden: `[..., H]` float32, bfloat16, float16 or float64, any strides.
@@ -61,7 +64,7 @@ def linear_selected_logps(
         topk_ids: `[..., K]` int64 or int32; duplicates and the label may be among them. None: no top k, `tail` is 0.
         ignore_index: label of masked tokens. They are dropped before the first product; outputs and gradients are 0
             there whatever `hidden` and `topk_ids` hold.
-        backend: "cpu", "cuda", "triton_rows", "triton", "torch", "reference" (dense, differentiable twice), or "auto":
+        backend: "cpu", "cuda", "triton_rows", "triton", "torch", "reference" (dense, all derivatives), or "auto":
             the first that can take the tensors; `dadpo doctor` tells which.
         memory_budget: bytes the forward may keep for the backward to save one of four matrix products; 0 keeps
             nothing, None means 256 MiB. The workspace, which comes on top, is constant in the number of tokens.
@@ -79,8 +82,9 @@ def linear_selected_logps(
         TypeError: a dtype that is not supported, or hidden and weight of different dtypes.
         ValueError: shapes, devices or options that do not fit; head_options in addition to a `Head`; labels or ids
             outside `[0, V)` (on CUDA a device-side assertion, since a check would wait for the device).
-        RuntimeError: in the backward, if the weight's memory was freed since the forward (FSDP2 does, of a weight that
-            is used outside its module's forward).
+        RuntimeError: second derivatives, and forward mode (`torch.func.jvp`, `jacfwd`, dual numbers), which only
+            "reference" has; in the backward, if the weight's memory was freed since the forward (FSDP2 does, of a
+            weight that is used outside its module's forward).
 
     Source: the online softmax of arXiv 1805.02867; recomputation in the backward as in Cut Cross Entropy
     (arXiv 2411.09009) and Liger (arXiv 2410.10989); the shared gradient form is this package's.
@@ -113,7 +117,7 @@ def selected_logps_of(
             run = replace(run, memory_budget=0, grad_tolerance=None)  # without a backward there is nothing to save
         buffer_bytes = run.buffer_bytes(len(y), len(head.weight), hidden.dtype, backend)
         debug("backend %s, %d bytes for the backward, grad_tolerance=%s", backend, buffer_bytes, run.grad_tolerance)
-        label, topk, tail, *_ = autograd.selected_logps(
+        label, topk, tail, *_ = autograd.SelectedLogpsFunction.call(
             flat, head.weight, head.bias, y, ids, head.logit_scale, head.softcap, head.temperature, ignore_index,
             backend, run.grad_tolerance, buffer_bytes,
         )  # fmt: skip

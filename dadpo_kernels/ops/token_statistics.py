@@ -38,7 +38,7 @@ def linear_token_statistics(
     ignore_index: int = -100,
     **head_options: Unpack[HeadOptions],
 ) -> TokenStatistics:
-    """Statistics of the whole next-token distribution without `[tokens, V]` logits, in plain PyTorch on any device.
+    """Statistics of the whole next-token distribution without `[tokens, V]` logits, on any device. No gradient.
 
     Args:
         hidden, weight, labels, ignore_index, head_options: see `linear_selected_logps`.
@@ -51,15 +51,40 @@ def linear_token_statistics(
     """
     hidden, head = Head.of(weight, head_options).prepare(hidden)
     checks.check_ids("labels", labels, hidden.shape[:-1], hidden.device)
-    flat = labels.reshape(-1)
-    index = (flat != ignore_index).nonzero()[:, 0]
-    y = flat[index]
-    checks.check_range("labels", y, len(head.weight), index)
-    values = _statistics(compact(hidden.reshape(-1, hidden.shape[-1]), index), head, y)
-    return TokenStatistics(*(spread(v, index, flat).view(labels.shape) for v in values))
+    values = _token_statistics(
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, labels.reshape(-1),
+        head.logit_scale, head.softcap, head.temperature, ignore_index,
+    )  # fmt: skip
+    return TokenStatistics(*(v.view(labels.shape) for v in values))
 
 
+@torch.library.custom_op("dadpo::token_statistics", mutates_args=())
 @without_autocast
+def _token_statistics(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H], of hidden's dtype
+    bias: Tensor | None,  # [V], of hidden's dtype
+    labels: Tensor,  # [N] int64 or int32
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `TokenStatistics`, `[N]` each."""
+    index = (labels != ignore_index).nonzero()[:, 0]
+    y = labels[index]
+    checks.check_range("labels", y, len(weight), index)
+    values = _statistics(compact(hidden, index), Head(weight, bias, logit_scale, softcap, temperature), y)
+    entropy, mean_logit, log_sum_sq, is_top1 = (spread(v, index, labels) for v in values)
+    return entropy, mean_logit, log_sum_sq, is_top1
+
+
+@_token_statistics.register_fake
+def _(hidden, weight, bias, labels, logit_scale, softcap, temperature, ignore_index):
+    n, dtype = len(labels), accumulator_dtype(hidden.dtype)
+    return *(hidden.new_empty(n, dtype=dtype) for _ in range(3)), hidden.new_empty(n, dtype=torch.bool)
+
+
 def _statistics(rows: Tensor, head: Head, y: Tensor) -> tuple[Tensor, ...]:
     """The fields of `TokenStatistics` of `rows [n, H]` with labels `y [n]`."""
     vocab, dtype = len(head.weight), accumulator_dtype(rows.dtype)

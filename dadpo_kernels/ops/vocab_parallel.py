@@ -180,6 +180,13 @@ class _VocabParallel(torch.autograd.Function):
         grad_bias = None if g.bias is None else g.bias.to(hidden.dtype)
         return grad_hidden, g.weight, grad_bias, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "vocab_parallel_selected_logps is differentiable in reverse mode only; for forward mode (dual numbers) "
+            'gather the head and call linear_selected_logps with backend="reference"'
+        )
+
 
 def _merged(state: State, group: dist.ProcessGroup) -> State:
     """The state of all ranks' columns from that of this rank's."""

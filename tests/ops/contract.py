@@ -340,6 +340,41 @@ class Conduct(Contract):
                 else:
                     assert got is None
 
+    @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+    def test_autocast_is_a_cast_and_no_more(self, subject, low):
+        """Bit by bit, forward and backward, whichever of them autocast sees: inside, it would round each product."""
+        if BACKENDS[subject.backend].obstacle(torch.device("cpu"), low) is not None:
+            pytest.skip(f"{subject} does not take {low}")
+        p = subject.problem(rows=4, bias=True)
+        for plan in subject.plans:
+            budget = budgets(p, low)[plan]
+            for trained in ([], ["hidden"], ["hidden", "weight", "bias"]):
+                want = autocast_results(subject, p.to(low), budget, trained, None)
+                assert want["label"].abs().max() > 0
+                for where in ("forward", "forward and backward"):
+                    got = autocast_results(subject, p, budget, trained, low, where)
+                    for name, value in want.items():
+                        assert torch.equal(got[name], value.float()), f"{plan}, trained: {trained}, {where}: {name}"
+                # Only where tensors are low already does autocast in the backward alone change nothing else.
+                got = autocast_results(subject, p.to(low), budget, trained, low, "backward")
+                assert all(torch.equal(got[name], value) for name, value in want.items()), (plan, trained)
+
+
+def autocast_results(
+    subject: Subject, p: Problem, budget: int, trained: Sequence[str], dtype: torch.dtype | None, where: str = ""
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of a function of them; `where` names the passes that run under autocast to `dtype`."""
+    leaves = {n: getattr(p, n).clone().requires_grad_(n in trained) for n in ("hidden", "weight", "bias")}
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled="forward" in where):
+        out = linear_selected_logps(
+            leaves["hidden"], leaves["weight"], p.labels, p.topk_ids, bias=leaves["bias"], backend=subject.backend,
+            memory_budget=budget, **p.options,
+        )  # fmt: skip
+    loss = out.label.sum() + out.topk.exp().sum() + out.tail.square().sum()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled="backward" in where):
+        grads = torch.autograd.grad(loss, [leaves[name] for name in trained]) if trained else ()
+    return {**out._asdict(), **dict(zip(trained, grads, strict=True))}
+
 
 class RealHiddenStates(Contract):
     """Of a real model, with the tiles that a user gets. The dense results, of a large vocabulary, are made once."""
@@ -369,6 +404,20 @@ class Topk(Contract):
             p = subject.problem(seed=k, **OPTIONS[option])
             p.hidden, p.labels = p.hidden[None], p.labels[None]
             check_topk(p.to(dtype), k, subject.backend)
+
+    @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+    def test_topk_under_autocast(self, subject, low):
+        if BACKENDS[subject.backend].obstacle(torch.device("cpu"), low) is not None:
+            pytest.skip(f"{subject} does not take {low}")
+        p = subject.problem(rows=4, bias=True)
+
+        def results(p):
+            return linear_topk_logps(p.hidden, p.weight, 9, labels=p.labels, bias=p.bias, backend=subject.backend)
+
+        with torch.autocast("cpu", low):
+            got = results(p)
+        assert got.logps.abs().max() > 0
+        assert all(torch.equal(a, b) for a, b in zip(got, results(p.to(low)), strict=True))
 
     def test_topk_of_any_shape(self, subject):
         rows, vocab, width = subject.largest

@@ -51,21 +51,33 @@ def test_options_in_addition_to_a_head_and_unknown_ones_are_refused(call):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
-def test_autocast_is_a_cast_of_hidden_weight_and_bias_and_no_more(call, backend):
-    """Bit by bit, also in the backward: autocast inside the passes would round each product."""
+@pytest.mark.parametrize(
+    ("backend", "low"),
+    [
+        ("cpu", torch.bfloat16),
+        ("torch", torch.bfloat16),
+        ("torch", torch.float16),
+        ("reference", torch.bfloat16),
+        ("reference", torch.float16),
+    ],
+)
+def test_autocast_is_a_cast_of_hidden_weight_and_bias_and_no_more(call, backend, low):
+    """Bit by bit, also in the backward: autocast inside the passes would round each product.
+
+    `contract.Conduct` has the plans, and the backward under autocast: the reference's is as autograd has it.
+    """
     p, head = problem()
     options = {} if call is CALLS["statistics"] else {"backend": backend}
 
     def run(hidden, head, autocast):
         hidden, head = hidden.clone().requires_grad_(), head.map(lambda t: t.clone().requires_grad_())
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", low, enabled=autocast):
             outputs = call(replace(p, hidden=hidden), head, **options)
         if call is CALLS["selected"]:
             sum(values.sum() for values in outputs).backward()
         return outputs, hidden.grad, head.weight.grad
 
-    low_outputs, *low_grads = run(p.hidden.bfloat16(), head.map(Tensor.bfloat16), False)
+    low_outputs, *low_grads = run(p.hidden.to(low), head.map(lambda t: t.to(low)), False)
     outputs, *grads = run(p.hidden, head, True)
     torch.testing.assert_close(outputs, low_outputs, rtol=0, atol=0)
     for grad, low in zip(grads, low_grads, strict=True):
@@ -110,6 +122,22 @@ def test_choices_are_logged(caplog):
     assert "backend torch, " in text
     assert "backward, retain, frozen head: 2.00 products of" in text
     assert "k=2500 is above the cpu backend's 2048: torch runs it" in text
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_quantised_and_integer_tensors_are_refused(call, autocast):
+    """Also where autocast would cast them: fp8 without its scale is another weight."""
+    p, head = problem()
+    remedy = "quantised values .* need their scale: dequantise them first"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8):
+            with pytest.raises(TypeError, match=f"weight has dtype {dtype}; expected one of .*; {remedy}"):
+                call(p, replace(head, weight=p.weight.to(dtype)))
+        with pytest.raises(TypeError, match=f"hidden has dtype torch.float8_e4m3fn.*{remedy}"):
+            call(replace(p, hidden=p.hidden.to(torch.float8_e4m3fn)), head)
+        with pytest.raises(TypeError, match=r"bias has dtype torch.int64; expected one of torch.float32.*float64$"):
+            call(p, replace(head, bias=p.bias.long()))
 
 
 def test_float64_stays_what_it_is_under_autocast():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from dadpo_kernels import linear_dadpo_loss, linear_selected_logps, linear_topk_logps
@@ -108,6 +109,30 @@ def pair_loss(group: dist.ProcessGroup | None) -> dict:
     return {"loss": out.loss.detach(), "hidden": hidden.grad, "weight": weight.grad, **out.metrics}
 
 
+def autocast() -> bool:
+    """Whether autocast, in forward and backward, is the cast of the operands and no more."""
+    p = random_problem(bias=True)
+    for low in (torch.bfloat16, torch.float16):
+        want = sharded(p.to(low), "torch", BUDGETS["retain"])
+        with torch.autocast("cpu", low):
+            got = sharded(p, "torch", BUDGETS["retain"])
+        if not all(torch.equal(got[name].float(), value.float()) for name, value in want.items()):
+            return False
+    return bool(want["label"].abs().max() > 0)
+
+
+def forward_mode() -> str:
+    p = random_problem()
+    share = p.weight.split(sizes(len(p.weight), dist.get_world_size()))[dist.get_rank()]
+    try:
+        with forward_ad.dual_level():
+            hidden = forward_ad.make_dual(p.hidden, p.hidden)
+            vocab_parallel_selected_logps(hidden, share, p.labels, group=dist.group.WORLD)
+    except RuntimeError as error:
+        return str(error)
+    return "accepted"
+
+
 def errors() -> dict:
     p, rank, group = random_problem(), dist.get_rank(), dist.group.WORLD
     share = p.weight.split(sizes(len(p.weight), group.size()))[rank]
@@ -144,6 +169,8 @@ def worker() -> dict:
         "dtensor": dtensor(),
         "loss": pair_loss(dist.group.WORLD),
         "errors": errors(),
+        "autocast": autocast(),
+        "forward mode": forward_mode(),
     }
 
 
@@ -230,6 +257,14 @@ def test_mistakes_are_refused_on_every_rank(ranks):
         assert "Shard(0)" in said["columns"]
         assert "outside the head's vocabulary [0, 1000)" in said["range"]
         assert "dense" in said["reference"]
+
+
+def test_autocast_is_a_cast(ranks):
+    assert all(values["autocast"] for values in ranks)
+
+
+def test_forward_mode_is_refused(ranks):
+    assert all("differentiable in reverse mode only" in values["forward mode"] for values in ranks)
 
 
 def test_sharded_weight_needs_the_call_for_it():

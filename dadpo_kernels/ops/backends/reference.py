@@ -21,7 +21,10 @@ def dense_logits(hidden: Tensor, head: Head) -> Tensor:
 def selected_logps(
     hidden: Tensor, head: Head, labels: Tensor, topk_ids: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense `(label [N], topk [N, K], tail [N])`, differentiable any number of times."""
+    """Dense `(label [N], topk [N, K], tail [N])`, differentiable any number of times.
+
+    Its backward is autograd's own: called inside `torch.autocast` it is rounded, as that of any product is.
+    """
     rows = (labels != ignore_index).nonzero()[:, 0]
     y = labels[rows].long()
     ids = y.new_zeros(len(rows), 0) if topk_ids is None else topk_ids[rows].long()
