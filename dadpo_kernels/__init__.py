@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .losses.preference import PreferenceLoss as PreferenceLoss
     from .losses.preference import dadpo_loss as dadpo_loss
     from .losses.targets import TeacherTargets as TeacherTargets
-    from .models.lm_head import hidden_states as hidden_states
+    from .models.forward import hidden_states as hidden_states
     from .models.lm_head import lm_head as lm_head
     from .models.packing import unpack as unpack
     from .models.patch import SelectedLogpsOutput as SelectedLogpsOutput
@@ -60,7 +60,8 @@ _MODULES = {
     "losses.linear_loss": ("DaDPOOutput", "LinearDaDPOLoss", "linear_dadpo_loss", "pair_counts"),
     "losses.preference": ("PreferenceLoss", "dadpo_loss"),
     "losses.targets": ("TeacherTargets",),
-    "models.lm_head": ("hidden_states", "lm_head"),
+    "models.forward": ("hidden_states",),
+    "models.lm_head": ("lm_head",),
     "models.packing": ("unpack",),
     "models.patch": ("SelectedLogpsOutput", "patch"),
     "ops.head": ("Head",),

@@ -18,7 +18,8 @@ from ..cache.reader import read_tokens
 from ..cache.shard_run import REFERENCE_ROWS, Score, write_shards
 from ..cache.shards import REFERENCE, Manifest, read_complete, writing
 from ..cache.vocabulary import check_vocabulary
-from ..models.lm_head import check_lm_head, hidden_states, lm_head, unwrap
+from ..models.forward import hidden_states
+from ..models.lm_head import check_lm_head, lm_head, unwrap
 from ..ops.head import Head
 from ..ops.selected_logps import linear_selected_logps
 from ..ops.topk_logps import linear_topk_logps

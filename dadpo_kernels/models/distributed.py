@@ -11,71 +11,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..losses.linear_loss import DaDPOOutput
 from ..ops.head import Head
-from .lm_head import head_module, lm_head
+from .forward import of_head_in_forward
+from .lm_head import check_lm_head, head_module, unwrap
 
 
 def loss_in_forward(
-    wrapped: nn.Module, model: nn.Module, hidden: Callable[[], Tensor], loss: Callable[[Tensor, Head], DaDPOOutput]
+    wrapped: nn.Module, model: nn.Module, inputs: dict[str, Any], loss: Callable[[Tensor, Head], DaDPOOutput]
 ) -> DaDPOOutput:
-    """`loss(hidden(), lm_head(model))`, computed inside the forwards of `wrapped`, of `model` and of its head.
+    """`loss(hidden, lm_head(model))`, computed inside the forwards of `wrapped`, of `model` and of its head.
 
     Args:
-        wrapped: what the wrapper made of the model: a DistributedDataParallel, a DeepSpeedEngine, or the model itself
-            (FSDP2 works in place; also without any wrapper).
-        model: the model inside, a transformers causal LM or a PEFT model of one.
-        hidden: the hidden states of the batch, `hidden_states(model, ...)`.
+        wrapped, model, inputs: see `of_head_in_forward`.
         loss: from hidden states and head to the loss; the head's weight is whole inside. Tensors of the batch come
             with its closure: parallel wrappers cast what is passed to a forward to their compute dtype.
     """
-    head = head_module(model)
     result: list[DaDPOOutput] = []
 
-    def of_head(states: Tensor) -> Tensor:
-        result.append(loss(states, lm_head(model)))
-        return result[0].loss
+    def of_head(hidden: Tensor, head: Head) -> tuple[Tensor]:
+        result.append(loss(hidden, head))
+        return (result[0].loss,)
 
-    hooked = _call(wrapped, model, lambda: _call(head, head, of_head, hidden()))
-    return result[0]._replace(loss=unrounded(hooked, result[0].loss))
-
-
-def unrounded(hooked: Tensor, exact: Tensor) -> Tensor:
-    """The value of `exact` behind the hooks that `hooked` has passed; mixed precision rounds what forwards return."""
-    return exact if hooked is exact else _Unrounded.apply(hooked, exact)
-
-
-class _Unrounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hooked: Tensor, exact: Tensor) -> Tensor:
-        return exact.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def _call(wrapped: nn.Module, module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`wrapped(*args)`, in which `forward` stands in for the forward of `module`."""
-    instance_forward = vars(module).get("forward")  # accelerate puts an autocast there
-    vars(module)["forward"] = forward
-    try:
-        return wrapped(*args)
-    finally:
-        if instance_forward is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = instance_forward
+    (value,), _ = of_head_in_forward(wrapped, model, inputs, of_head)
+    return result[0]._replace(loss=value)
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
+def whole_parameters(module: nn.Module) -> Iterator[None]:
     """Inside, the parameters that ZeRO-3 partitioned at construction are whole; all ranks must enter. Else nothing."""
-    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
@@ -85,11 +55,23 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_on_first_rank(model: nn.Module, check: Callable[[nn.Module], None]) -> None:
-    """`check(model)` with whole parameters, on the first rank: the others may have loaded none (FSDP2 spreads its)."""
-    with whole_parameters(model):
+def check_head(model: nn.Module) -> None:
+    """`check_lm_head(model)` with a whole head, on the first rank: the others may have loaded none (FSDP2 spreads it).
+
+    Every rank refuses what can be seen without the values of the head. The body does not run.
+    """
+    head = head_module(model)
+    if isinstance(head.weight, DTensor):
+        if not any(isinstance(module, FSDPModule) for module in unwrap(model).modules()):
+            raise ValueError(
+                f"the LM head of {type(unwrap(model)).__name__} is sharded by tensor parallelism "
+                f"({head.weight.placements}): load the model without tp_plan, or compute the loss from hidden states "
+                "with linear_dadpo_loss(..., vocab_group=...)"
+            )
+        return  # FSDP2 has sharded it already: one rank alone cannot multiply
+    with whole_parameters(head):
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-            check(model)
+            check_lm_head(model)
 
 
 def mask_repeated_pairs(batch: dict[str, Tensor], rank: int, loader: Any) -> None:

@@ -1,16 +1,12 @@
 """One line that takes the logits out of a model's loss: `patch(model)`.
 
 The model's own forward runs, with all it does before its head and after its loss (positions of images, router
-losses). For the duration of that call its head and its loss function are replaced: the head's stand-in turns the
-hidden states it is given into the few log-probabilities that are asked for, the other one makes them the loss.
-Parallel wrappers that shard the head (FSDP2, ZeRO-3) gather it when it runs, and again for the backward of what it
-returns: so their hooks see it return the log-probabilities, and a stand-in for logits replaces these afterwards.
+losses). For the duration of that call its head computes the few log-probabilities that are asked for, and its loss
+function makes them the loss.
 """
 
-import functools
-import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +18,13 @@ from transformers.utils import ModelOutput
 from ..ops.head import Head
 from ..ops.run import Run
 from ..ops.selected_logps import SelectedLogps, selected_logps_of
-from .distributed import check_on_first_rank, unrounded
-from .lm_head import check_lm_head, head_module, lm_head, unwrap
+from .distributed import check_head
+from .forward import HeadCall, attribute, replaced_head
+from .lm_head import unwrap
+from .override import override_forward, source
 
 IGNORE_INDEX = -100
+FUSED_LOSSES = ("liger_kernel", "cut_cross_entropy")  # packages whose forwards compute the loss without the head
 Observer = Callable[[Tensor, Head, Tensor], None]  # hidden [B, S, H], head, aligned labels [B, S]
 
 
@@ -35,18 +34,32 @@ class SelectedLogpsOutput(ModelOutput):
 
     Attributes:
         loss: scalar, see `patch`.
-        selected_logps: SelectedLogps of `[B, S]`, `[B, S, K]`, `[B, S]`: position t holds the log-probability of the
-            label t + 1 (of `shift_labels[t]` if these were given); 0 where there is none, so at the end.
+        label_logps: `[B, S]`: position t holds the log-probability of the label t + 1 (of `shift_labels[t]` if these
+            were given); 0 where there is none, so at the end.
+        topk_logps, topk_tail: `[B, S, K]` and `[B, S]`, of `topk_ids` if these were given.
         aux_loss: the load-balancing loss of a mixture of experts, if the model returns one.
         router_logits, hidden_states, attentions: the model's own, if asked for.
     """
 
     loss: Any = None
-    selected_logps: Any = None
-    aux_loss: Tensor | None = None
+    label_logps: Any = None
+    topk_logps: Any = None
+    topk_tail: Any = None
+    aux_loss: Any = None
     router_logits: Any = None
     hidden_states: Any = None
     attentions: Any = None
+
+    @property
+    def selected_logps(self) -> SelectedLogps:
+        """The three as one value; without `topk_ids` `[B, S, 0]` and zeros take the places of the last two.
+
+        Not a field: transformers gathers predictions by `type(x)(...)`, which named tuples refuse.
+        """
+        label = self.label_logps
+        if self.topk_logps is None:
+            return SelectedLogps(label, label.new_zeros(*label.shape, 0), torch.zeros_like(label))
+        return SelectedLogps(label, self.topk_logps, self.topk_tail)
 
 
 def patch(
@@ -64,8 +77,8 @@ def patch(
     logits; `topk_ids [B, S, K]` (aligned as the output is) adds the log-probabilities of these ids and of the mass
     outside them, for distillation. Called without, it is the model it was, so generation is unchanged. Only this
     instance is patched, not its class; PEFT may wrap it before or after; a later patch replaces an earlier one. Where
-    no label counts, the loss is 0 with zero gradients (transformers gives NaN). Under `torch.compile`, a call with
-    labels runs uncompiled.
+    no label counts, the loss is 0 with zero gradients (transformers gives NaN). `torch.compile` compiles what comes
+    before the head and what comes behind the loss.
 
     Args:
         model: a causal LM of transformers, or one in a wrapper (PEFT, `torch.compile`, data parallelism).
@@ -75,110 +88,107 @@ def patch(
         `model` itself.
 
     Raises:
-        TypeError, ValueError: a head or a loss that is not understood, with the reason. Two tiny forwards compare the
-            model's own logits and loss with the patched ones, so call it before the model is sharded.
+        TypeError, ValueError: a head, a loss function or a forward that is not understood, with the reason. What shows
+            only while the model runs is checked in every forward, and raises ValueError in the first one: what it does
+            to its logits, whether it calls its loss function and with which labels.
     """
     causal = unwrap(model)
-    run = Run(backend, memory_budget, grad_tolerance)
-    head_module(causal)  # every rank refuses what it can see
-
-    def with_labels(self: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
-        return selected_forward(self, forward, kwargs, run)
-
-    def check(causal: nn.Module) -> None:
-        check_lm_head(causal)
-        _check_loss(causal, with_labels)
-
-    check_on_first_rank(causal, check)
-    replace_forward(causal, lambda kwargs: _labels(kwargs) is not None, with_labels)
+    override = _LossOfLabels(Run(backend, memory_budget, grad_tolerance))
+    package = source(causal).partition(".")[0]
+    if package in FUSED_LOSSES:
+        raise ValueError(
+            f"{package} has replaced the forward of {type(causal).__name__} and computes the loss without the head: "
+            "use one of the two (do not apply its kernels for the loss: fused_linear_cross_entropy=False)"
+        )
+    check_head(causal)
+    _check_loss_function(causal)
+    override_forward(causal, override)
     return model
 
 
-def replace_forward(
+@dataclass(frozen=True)
+class _LossOfLabels:
+    """Of calls with labels: the loss and log-probabilities, no logits."""
+
+    run: Run
+
+    def wants(self, kwargs: dict[str, Any]) -> bool:
+        return _labels(kwargs) is not None or kwargs.get("topk_ids") is not None
+
+    @torch.compiler.disable(recursive=False)  # compiled is the model's body
+    def __call__(self, causal: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> SelectedLogpsOutput:
+        kwargs = dict(kwargs)
+        labels, topk_ids = _labels(kwargs), kwargs.pop("topk_ids", None)
+        num_items, ignore_index = kwargs.pop("num_items_in_batch", None), kwargs.pop("ignore_index", IGNORE_INDEX)
+        shift_labels = kwargs.pop("shift_labels", None)
+        if labels is None:
+            raise ValueError("topk_ids without labels: pass labels, which say at which positions they are wanted")
+        aligned = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        name = type(causal).__name__
+        losses: list[Tensor] = []
+
+        def loss_instead(logits: Any = None, labels: Any = None, *args: Any, **given: Any) -> Tensor:
+            call.check(logits)
+            _check_loss_call(name, labels, kwargs["labels"], given.get("ignore_index", ignore_index), ignore_index)
+            logps = call.values[0]
+            count = (aligned != ignore_index).sum().clamp(min=1) if num_items is None else num_items
+            losses.append(-logps.sum() / (count.to(logps.device) if isinstance(count, Tensor) else count))
+            return losses[0]
+
+        kwargs |= {"labels": labels, "return_dict": True}
+        kwargs.setdefault("use_cache", False)
+        selecting = selecting_logps(causal, aligned, topk_ids, ignore_index, self.run)
+        with selecting as call, attribute(causal, "_loss_function", loss_instead):
+            output = forward(**kwargs)
+        call.check(output.logits)
+        if not losses:
+            raise ValueError(
+                f"{name} computes its loss itself instead of calling its loss_function: compute the loss from "
+                "hidden_states(model) and lm_head(model) with the functions of dadpo_kernels"
+            )
+        label, topk, tail = call.values
+        logps = {"label_logps": label} | ({} if topk_ids is None else {"topk_logps": topk, "topk_tail": tail})
+        others = {name: output.get(name) for name in ("aux_loss", "router_logits", "hidden_states", "attentions")}
+        return SelectedLogpsOutput(loss=output.loss, **logps, **others)
+
+
+@contextmanager
+def selecting_logps(
     causal: Any,
-    wanted: Callable[[dict[str, Any]], bool],
-    instead: Callable[[Any, Callable[..., Any], dict[str, Any]], Any],
-) -> None:
-    """Give the instance a forward that is `instead(self, its own forward, kwargs)` for the calls that are `wanted`."""
-    earlier = _instance_forward(causal)
-
-    @functools.wraps(type(causal).forward)  # trainers and `generate` read the signature
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The class's forward is bound here, not outside, so that a deep copy of the model runs its own layers.
-        original = earlier or types.MethodType(type(self).forward, self)
-        if wanted(kwargs):
-            return instead(self, functools.partial(original, *args), kwargs)
-        return original(*args, **kwargs)
-
-    forward.behind = earlier  # type: ignore[attr-defined]
-    causal.forward = types.MethodType(forward, causal)
-
-
-def _instance_forward(causal: Any) -> Callable[..., Any] | None:
-    """A forward that somebody gave the instance (accelerate's hooks do), or what was there before we did."""
-    forward = vars(causal).get("forward")
-    return getattr(forward, "behind", forward)
-
-
-@torch.compiler.disable  # Dynamo does not follow attributes that come and go
-def selected_forward(
-    causal: Any,
-    forward: Callable[..., Any],
-    kwargs: dict[str, Any],
+    aligned: Tensor,
+    topk_ids: Tensor | None,
+    ignore_index: int,
     run: Run,
     observe: Observer | None = None,
-) -> SelectedLogpsOutput:
-    """`forward(**kwargs)` of `causal`, with labels, on the fused primitive instead of head and loss function.
+) -> Iterator[HeadCall]:
+    """Inside, forwards of `causal` compute the selected log-probabilities instead of logits: `values` of the result.
 
-    `observe` is called with what the head is applied to, for statistics of one's own.
+    Args:
+        aligned: `[B, S]` labels: position t predicts `aligned[t]`.
+        topk_ids: `[B, S, K]` or None.
+        observe: called with what the head is applied to, for statistics of one's own.
     """
-    # What the call asks for.
-    kwargs = dict(kwargs)
-    labels = _labels(kwargs)
-    shift_labels, topk_ids = kwargs.pop("shift_labels", None), kwargs.pop("topk_ids", None)
-    num_items = kwargs.pop("num_items_in_batch", None)
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-    selected: list[SelectedLogps] = []
-    losses: list[Tensor] = []
 
-    # What stands in for the head, behind the hooks on it, and for the loss function.
-    def head_instead(hidden: Tensor) -> tuple[Tensor, ...]:
-        _check_hidden(causal, hidden, shift_labels, again=bool(selected))
-        head = lm_head(causal)
-        device = head.weight.device  # with a device map, the layers may end on another one
-        hidden, aligned = hidden.to(device), shift_labels.to(device)
-        ids = None if topk_ids is None else topk_ids.to(device)
-        logps = selected_logps_of(hidden, head, aligned, ids, IGNORE_INDEX, run)
-        selected.append(SelectedLogps(*(values.clone() for values in logps)))  # FSDP2 warns of views
+    def of_head(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+        if hidden.shape[:-1] != aligned.shape:
+            raise ValueError(
+                f"labels have shape {list(aligned.shape)} and the head is applied to {list(hidden.shape)}: labels are "
+                "needed for every position (leave logits_to_keep at 0; prompt-learning adapters are not supported)"
+            )
+        labels = aligned.to(hidden.device)
+        ids = None if topk_ids is None else topk_ids.to(hidden.device)
+        logps = selected_logps_of(hidden, head, labels, ids, ignore_index, run)
         if observe is not None:
-            observe(hidden, head, aligned)
-        return tuple(selected[0])
+            observe(hidden, head, labels)
+        return tuple(values.clone() for values in logps)  # FSDP2 warns of views
 
-    def behind_other_hooks(head: nn.Module, inputs: tuple[Tensor], hooked: tuple[Tensor, ...]) -> Tensor:
-        selected[0] = SelectedLogps(*map(unrounded, hooked, selected[0]))
-        return inputs[0][..., :1]  # stands for the logits: whatever the model does to them, nobody reads it
+    with replaced_head(causal, of_head) as call:
+        yield call
 
-    def loss_instead(*args: Any, **kwargs: Any) -> Tensor:
-        logps = selected[0].label
-        count = (shift_labels != IGNORE_INDEX).sum().clamp(min=1) if num_items is None else num_items
-        losses.append(-logps.sum() / (count.to(logps.device) if isinstance(count, Tensor) else count))
-        return losses[0]
 
-    # The model's own forward, with these in place.
-    head = head_module(causal)
-    with ExitStack() as stack:
-        stack.enter_context(_attribute(head, "forward", head_instead))
-        stack.callback(head.register_forward_hook(behind_other_hooks).remove)  # the last one, so it runs last
-        stack.enter_context(_attribute(causal, "_loss_function", loss_instead))
-        output = forward(**{"use_cache": False, **kwargs, "labels": labels, "return_dict": True})
-    if not losses:
-        raise ValueError(
-            f"{type(causal).__name__} computes its loss itself instead of calling its loss_function: compute the loss "
-            "from hidden_states(model) and lm_head(model) with the functions of dadpo_kernels"
-        )
-    others = {name: output.get(name) for name in ("aux_loss", "router_logits", "hidden_states", "attentions")}
-    return SelectedLogpsOutput(loss=output.loss, selected_logps=selected[0], **others)
+def shifted(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Labels `[B, S]` of the tokens as labels of the positions that predict them."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def _labels(kwargs: dict[str, Any]) -> Any:
@@ -186,47 +196,28 @@ def _labels(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("shift_labels") if labels is None else labels
 
 
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of the instance for a while; then what was there before, or nothing."""
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-
-def _check_hidden(causal: Any, hidden: Tensor, labels: Tensor, again: bool) -> None:
-    if again:
-        raise ValueError(f"{type(causal).__name__} applies its head more than once in a forward: not supported")
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)} and the head is applied to {list(hidden.shape)}: labels are "
-            "needed for every position (leave logits_to_keep at 0; prompt-learning adapters are not supported)"
-        )
+def _check_loss_call(name: str, labels: Any, given: Tensor, ignore_index: int, wanted: int) -> None:
+    """The model must pass on the labels and the ignore_index that it was called with."""
+    if labels is not given and not (isinstance(labels, Tensor) and torch.equal(labels.to(given.device), given)):
+        raise ValueError(f"{name} changes the labels before its loss: not supported")
+    if ignore_index != wanted:
+        raise ValueError(f"{name} calls its loss with ignore_index={ignore_index}: pass ignore_index={ignore_index}")
 
 
 @torch.no_grad()
-def _check_loss(causal: Any, with_labels: Callable[..., SelectedLogpsOutput]) -> None:
-    """Compare the loss of the patch with the model's own for a few tokens."""
-    embedding = causal.get_input_embeddings().weight
-    ids = torch.arange(1, 9, device=embedding.device)[None] % len(embedding)
-    call = {"input_ids": ids, "labels": ids}
-    training = causal.training
-    causal.eval()
-    try:
-        with torch.autocast(embedding.device.type, enabled=False):
-            forward = _instance_forward(causal) or types.MethodType(type(causal).forward, causal)
-            theirs, ours = forward(**call).loss.item(), with_labels(causal, forward, call).loss.item()
-    finally:
-        causal.train(training)
-    allowed = max(8 * torch.finfo(embedding.dtype).eps, 1e-5) * max(1.0, abs(theirs))
-    if not abs(theirs - ours) <= allowed:
-        raise ValueError(
-            f"the loss of {type(causal).__name__} is {theirs:.6g}, that of its labels under its head {ours:.6g}: it "
-            "is not the cross-entropy of the next token"
-        )
+def _check_loss_function(causal: Any) -> None:
+    """Compare the model's loss function with that of the patch on made-up logits."""
+    name = type(causal).__name__
+    logits = torch.randn(1, 6, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[3, 1, -100, 6, 2, 0]])
+    logps = F.cross_entropy(logits[0], shifted(labels)[0], reduction="sum")
+    for count, options in ((4, {}), (3, {"num_items_in_batch": 3})):
+        try:
+            loss = float(causal.loss_function(logits=logits, labels=labels, vocab_size=7, **options))
+        except Exception as error:
+            raise ValueError(f"the loss function of {name} cannot be called as transformers does: {error}") from error
+        if not abs(loss - logps.item() / count) <= 1e-4:
+            raise ValueError(
+                f"the loss of {name} is {loss:.6g} for logits of which the cross-entropy of the next token is "
+                f"{logps.item() / count:.6g}: only this loss is supported"
+            )

@@ -13,11 +13,20 @@ from ..cache.dataset import PairCollator, PairDataset
 from ..cache.sampler import ShardSampler
 from ..losses.linear_loss import DaDPOOutput, pair_counts
 from ..losses.targets import TeacherTargets
-from ..models.distributed import check_on_first_rank, check_parallelism, loss_in_forward, mask_repeated_pairs
-from ..models.lm_head import check_lm_head, hidden_states, lm_head
+from ..models.distributed import check_head, check_parallelism, loss_in_forward, mask_repeated_pairs
 from ..ops.head import Head
+from .arguments import Refused, check_options, named_sets
 from .config import DaDPOConfig
 from .live_metrics import LiveMetrics
+
+_LOSS = "the loss is that of the options of DaDPOConfig, without logits: leave it out"
+# Of Trainer.__init__.
+REFUSED_ARGUMENTS = {
+    "compute_loss_func": Refused(_LOSS),
+    "compute_metrics": Refused("evaluate() gives the loss's own metrics, without predictions: leave it out"),
+    "model_init": Refused("the head is checked before training: pass the model"),
+    "preprocess_logits_for_metrics": Refused(_LOSS),
+}
 
 
 class DaDPOTrainer(Trainer):
@@ -37,14 +46,18 @@ class DaDPOTrainer(Trainer):
         model: a transformers causal LM whose head is a plain linear layer. Keep its parameters in float32 and set
             `bf16=True` for mixed precision: AdamW loses small updates of bfloat16 parameters.
         args: DaDPOConfig; batch sizes count pairs.
-        train_dataset, eval_dataset: PairDataset.
+        train_dataset: PairDataset.
+        eval_dataset: PairDataset, or a dictionary of several, whose metrics are named `eval_{name}_loss` and so on.
         processing_class: the student's tokenizer, for the padding token; saved with the model.
 
     Raises:
-        ValueError: options that contradict each other, a head that `lm_head` refuses, a dataset without the targets
-            the options need, or a parallel wrapper that is not supported (FSDP1, DataParallel, tensor parallelism).
+        TypeError: `args` is a plain TrainingArguments.
+        ValueError: options that contradict each other or an argument of Trainer that would have no effect
+            (`REFUSED_ARGUMENTS`), a head that `lm_head` refuses, a router loss, a dataset without the targets the
+            options need, or a parallel wrapper that is not supported (FSDP1, DataParallel, tensor parallelism).
     """
 
+    args: DaDPOConfig
     loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole step
 
     def __init__(
@@ -52,28 +65,31 @@ class DaDPOTrainer(Trainer):
         model: PreTrainedModel,
         args: DaDPOConfig,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        lm_head(model)  # every rank refuses what it can see
-        check_on_first_rank(model, check_lm_head)
+        if not isinstance(args, DaDPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: pass a DaDPOConfig, which has all its options")
+        check_options(kwargs, dict.fromkeys(REFUSED_ARGUMENTS), REFUSED_ARGUMENTS)
+        check_head(model)
         self.linear_loss = args.loss()
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
-                raise ValueError(
-                    f"{name} has no reference log-probabilities and beta_ref={args.beta_ref}: run `dadpo reference` "
-                    "on its cache, or set beta_ref=0"
-                )
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            raise ValueError(
+                "model.config.output_router_logits=True asks for the router loss of a mixture of experts, which is no "
+                "part of this loss: set it to False, or train with TRLDaDPOTrainer"
+            )
+        _check_sets(args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         pad = getattr(processing_class, "pad_token_id", None)
         if pad is None:
             pad = getattr(processing_class, "eos_token_id", None) or 0  # never attended to: any id serves
-        kwargs.setdefault("data_collator", PairCollator(pad))
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = PairCollator(pad)
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
                          processing_class=processing_class, **kwargs)  # fmt: skip
         check_parallelism(self.accelerator, args.n_gpu)
         self._shard_sampler: ShardSampler | None = None
-        self.add_callback(_SetPositionOnResume(self))
+        self.add_callback(_SetPosition(self))
         # Rejected answers are not even read by a stage that has no use for them.
         self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
         self.uses_teacher = bool(args.beta_teacher or args.kl_weight)
@@ -136,7 +152,7 @@ class DaDPOTrainer(Trainer):
 
         inner: Any = self.model
         with self.accelerator.autocast():
-            out = loss_in_forward(model, inner, lambda: hidden_states(inner, ids, attention_mask), loss)
+            out = loss_in_forward(model, inner, {"input_ids": ids, "attention_mask": attention_mask}, loss)
         metrics = {k: v for k, v in out.metrics.items() if not (self.chosen_only and k.startswith("logps/"))}
         if model.training:
             for name, value in metrics.items():
@@ -182,8 +198,13 @@ class DaDPOTrainer(Trainer):
         """Loss and metrics over the whole set: the same numbers whatever the batch size. Logs and returns them.
 
         Raises:
-            ValueError: under DeepSpeed before `train`, which starts the wrapper that holds the parameters.
+            ValueError: a set without the targets the options need, or under DeepSpeed before `train`, which starts the
+                wrapper that holds the parameters.
         """
+        if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # calls this for each of its sets
+        self._memory_tracker.start()
+        _check_sets(self.args, eval_dataset=eval_dataset)
         if self.is_deepspeed_enabled and self.deepspeed is None:
             raise ValueError(
                 "evaluate() before train() has no DeepSpeed engine to run on: set eval_on_start, or evaluate "
@@ -205,7 +226,21 @@ class DaDPOTrainer(Trainer):
         results = {f"{metric_key_prefix}_{k}": float(v) for k, v in self._mean_of_ranks(sums).items()}
         self.log(results)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        self._memory_tracker.stop_and_update_metrics(results)
         return results
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: predictions would be logits, which this trainer never computes."""
+        raise ValueError(
+            "predict() would return logits, which this trainer never computes: evaluate() gives the loss and metrics "
+            "of a data set"
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The parent's, which would give a set of its own the last one's loader if workers are persistent."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
 
     def _whole_set(self, loader: Any) -> Iterator[dict[str, Tensor]]:
         """This rank's batches, in which no pair that another rank has counts again."""
@@ -214,15 +249,27 @@ class DaDPOTrainer(Trainer):
             yield batch
 
 
-class _SetPositionOnResume(TrainerCallback):
-    """On resume, reset the metrics' step counter and set the sampler's epoch, which accelerate does not do for a
-    multi-rank resume in the middle of an epoch."""
+def _check_sets(args: DaDPOConfig, **sets: Any) -> None:
+    """What can be known of data sets before the first batch."""
+    for name, dataset in named_sets(**sets).items():
+        if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
+            raise ValueError(
+                f"{name} has no reference log-probabilities and beta_ref={args.beta_ref}: run `dadpo reference` "
+                "on its cache, or set beta_ref=0"
+            )
+
+
+class _SetPosition(TrainerCallback):
+    """Begin anew to count, after a resume or an attempt of `auto_find_batch_size`; and set the sampler's epoch, which
+    accelerate does not do for a multi-rank resume in the middle of an epoch."""
 
     def __init__(self, trainer: DaDPOTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._metrics_since = state.global_step
+        trainer = self._trainer
+        trainer._metrics, trainer._metrics_since, trainer.tokens_seen = {}, state.global_step, 0
+        trainer._live.pop()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._shard_sampler is not None:

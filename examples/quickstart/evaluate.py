@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from dadpo_kernels import SelectedLogps, TeacherTargets, linear_selected_logps, topk_divergence
 from dadpo_kernels.cache.dataset import PairCollator, PairDataset
-from dadpo_kernels.models.lm_head import hidden_states, lm_head
+from dadpo_kernels.models.forward import hidden_states
+from dadpo_kernels.models.lm_head import lm_head
 from examples.quickstart.precision import bfloat16_is_fast
 
 ROWS = {

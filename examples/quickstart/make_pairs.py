@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dadpo_kernels import linear_selected_logps
-from dadpo_kernels.models.lm_head import hidden_states, lm_head
+from dadpo_kernels.models.forward import hidden_states
+from dadpo_kernels.models.lm_head import lm_head
 from examples.quickstart.prune import DATA, prune
 from examples.smollm2 import smollm2_dir
 

@@ -6,19 +6,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import transformers as hf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dadpo_kernels import linear_selected_logps
 from dadpo_kernels.losses.linear_loss import DaDPOOutput
-from dadpo_kernels.models.distributed import check_parallelism, loss_in_forward, mask_repeated_pairs, whole_parameters
-from dadpo_kernels.models.lm_head import hidden_states
+from dadpo_kernels.models.distributed import (
+    check_head,
+    check_parallelism,
+    loss_in_forward,
+    mask_repeated_pairs,
+    whole_parameters,
+)
+from dadpo_kernels.models.forward import hidden_states
+from dadpo_kernels.models.lm_head import lm_head
 from dadpo_kernels.models.patch import patch
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(1, 9).view(1, 8)
+INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
 class LowPrecision(nn.Module):
@@ -29,7 +39,7 @@ class LowPrecision(nn.Module):
         self.module = module
 
     def forward(self, *args):
-        return self.module(*args).to(torch.bfloat16)
+        return tuple(value.to(torch.bfloat16) for value in self.module(*args))
 
 
 def run(wrapped: nn.Module, model: nn.Module) -> DaDPOOutput:
@@ -37,7 +47,7 @@ def run(wrapped: nn.Module, model: nn.Module) -> DaDPOOutput:
         logps = linear_selected_logps(hidden, head.weight, IDS)
         return DaDPOOutput(-logps.label.sum(), {"tokens": torch.tensor(8)})
 
-    return loss_in_forward(wrapped, model, lambda: hidden_states(model, IDS, torch.ones_like(IDS)), loss)
+    return loss_in_forward(wrapped, model, INPUTS, loss)
 
 
 def test_hooks_of_model_and_head_run_around_the_loss():
@@ -69,7 +79,7 @@ def test_forward_is_restored_after_an_error():
     forward = model.forward
     model.forward = forward  # as accelerate sets one
     with pytest.raises(RuntimeError, match="boom"):
-        loss_in_forward(model, model, lambda: (_ for _ in ()).throw(RuntimeError("boom")), lambda *_: None)
+        loss_in_forward(model, model, INPUTS, lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
     assert vars(model)["forward"] is forward
     assert "forward" not in vars(model.lm_head)
 
@@ -155,6 +165,69 @@ def test_patched_model_runs_twice_under_fsdp2(sharded_head):
     for got in run_ranks(2, two_forwards_before_a_backward, sharded_head):
         for name, grad in want.items():
             torch.testing.assert_close(got[name], grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def tensor_parallel(directory: str) -> list[str]:
+    model = hf.AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto")
+    messages = []
+    for function in (patch, check_head):
+        try:
+            function(model)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_head_of_tensor_parallelism_is_refused_on_every_rank(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    for messages in run_ranks(2, tensor_parallel, str(tmp_path)):
+        assert len(messages) == 2
+        for message in messages:
+            assert "sharded by tensor parallelism" in message
+            assert "vocab_group" in message
+
+
+def patched_after_it_is_sharded() -> torch.Tensor:
+    model = tiny_llama()
+    fully_shard(model)
+    return difference(patch(model))["lm_head.weight"].full_tensor()
+
+
+def test_a_model_that_fsdp2_has_sharded_can_be_patched():
+    want = difference(tiny_llama())["lm_head.weight"]
+    for got in run_ranks(2, patched_after_it_is_sharded):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def hidden_states_under_ddp(lora: bool) -> dict[str, torch.Tensor]:
+    """Each rank has other tokens; the head's gradient comes from outside of the forward."""
+    torch.manual_seed(0)
+    model = tiny_llama()
+    if lora:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    ddp = nn.parallel.DistributedDataParallel(model)
+    ids = IDS + dist.get_rank()
+    hidden = hidden_states(ddp, ids, torch.ones_like(ids))
+    linear_selected_logps(hidden, lm_head(ddp), ids).label.sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_hidden_states_of_a_ddp_model_go_through_its_forward(lora):
+    """Else no gradient would be averaged, without a word."""
+    first, second = run_ranks(2, hidden_states_under_ddp, lora)
+    assert first.keys() == second.keys()
+    assert max(grad.abs().max() for grad in first.values()) > 1e-3
+    for name, grad in first.items():
+        torch.testing.assert_close(second[name], grad, rtol=0, atol=0)
+    if not lora:
+        model = tiny_llama()
+        for rank in range(2):
+            ids = IDS + rank
+            hidden = hidden_states(model, ids, torch.ones_like(ids))
+            (linear_selected_logps(hidden, lm_head(model), ids).label.sum() / 2).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(first[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("backend", "tolerance"), [("cpu", None), ("cpu", 1e-2), ("torch", None)])

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import fully_shard
 
 from dadpo_kernels.losses.linear_loss import DaDPOOutput
 from dadpo_kernels.models.distributed import loss_in_forward
-from dadpo_kernels.models.lm_head import hidden_states
 from dadpo_kernels.models.patch import patch
 from dadpo_kernels.ops.selected_logps import SelectedLogps, linear_selected_logps
 from tests.support import zero3
@@ -51,7 +50,7 @@ def of_loss_in_forward(wrapped: nn.Module, model: nn.Module, inputs: dict[str, T
         return DaDPOOutput(objective(logps), {})
 
     ids = inputs["input_ids"]
-    return loss_in_forward(wrapped, model, lambda: hidden_states(model, ids, torch.ones_like(ids)), loss).loss
+    return loss_in_forward(wrapped, model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, loss).loss
 
 
 def of_patch(wrapped: nn.Module, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

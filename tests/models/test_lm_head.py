@@ -6,7 +6,8 @@ import transformers as hf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from dadpo_kernels.models.lm_head import check_lm_head, hidden_states, lm_head, unwrap
+from dadpo_kernels.models.forward import hidden_states
+from dadpo_kernels.models.lm_head import check_lm_head, lm_head, unwrap
 from tests.support.tiny import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,7 +131,7 @@ def test_unsupported_heads_are_refused_with_the_reason():
         lm_head(model)
     model = tiny_llama()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"quantised \(torch\.int8\)"):
+    with pytest.raises(ValueError, match=r"quantised \(Parameter, torch\.int8\)"):
         lm_head(model)
     with pytest.raises(ValueError, match="offloaded"):
         lm_head(tiny_llama().to("meta"))
@@ -139,25 +140,40 @@ def test_unsupported_heads_are_refused_with_the_reason():
         lm_head(hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=32, **sizes)))
     with pytest.raises(TypeError, match="no LM head"):
         lm_head(tiny_llama().model)
-    model = tiny_llama()
-    model.base_model_prefix = "nothing of this name"
-    with pytest.raises(TypeError, match="has no base model"):
-        hidden_states(model, *torch.ones(2, 1, 4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="is not a model of transformers"):
+        lm_head(nn.Linear(2, 2))
 
 
-def test_a_head_the_configuration_does_not_describe_is_caught():
+IDS = torch.arange(1, 9).view(1, 8)
+
+
+def test_what_a_model_does_to_its_logits_must_be_what_its_configuration_says():
     model = tiny_llama()
     forward = model.forward
-    model.forward = lambda **kw: (out := forward(**kw)).__class__(logits=out.logits * 1.5)
-    with pytest.raises(ValueError, match="not those of its head"):
+    for change, message in [
+        (lambda z: z * 1.5, "-40 -> -60.*scale 1, softcap None"),
+        (lambda z: torch.tanh(z / 3) * 3, "-40 -> -3,"),
+        (lambda z: z + 1, "-40 -> -39"),
+        (lambda z: z - z.max(), r"reads its logits \(aten.max.default\)"),
+        (lambda z: z[..., :300], "uses 300 logits per token.* has 320"),
+        (lambda z: z * nn.Parameter(torch.tensor(1.0)), "parameter that is trained"),
+        (lambda z: torch.zeros(1, 8, 320), "returns a Tensor as logits"),
+    ]:
+        model.forward = lambda change=change, **kw: (out := forward(**kw)).__class__(logits=change(out.logits))
+        with pytest.raises(ValueError, match=message):
+            hidden_states(model, IDS, torch.ones_like(IDS))
+    model.forward = lambda **kw: forward(**kw)
+    assert hidden_states(model, IDS, torch.ones_like(IDS)).abs().max() > 0.1
+
+
+def test_the_heads_own_product_is_checked_without_running_the_body():
+    model = tiny_llama()
+    model.model.forward = None
+    check_lm_head(model)
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: out * 1.5)
+    with pytest.raises(ValueError, match="does not give hidden @"):
         check_lm_head(model)
-    model.forward = forward
+    hook.remove()
     model.lm_head.weight.data[7] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite logits"):
         check_lm_head(model)
-
-
-def test_check_leaves_the_mode_as_it_was():
-    model = tiny_llama().train()
-    check_lm_head(model)
-    assert model.training

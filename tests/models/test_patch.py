@@ -1,7 +1,10 @@
 """`patch(model)`: loss, gradients and log-probabilities of the families' own, without logits."""
 
 import copy
+import inspect
+import io
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 from dadpo_kernels import live_diagnostics
+from dadpo_kernels.models.forward import hidden_states
 from dadpo_kernels.models.lm_head import unwrap
 from dadpo_kernels.models.packing import unpack
 from dadpo_kernels.models.patch import patch
@@ -202,7 +206,7 @@ def test_a_later_patch_replaces_an_earlier_one():
     ids = torch.randint(3, 300, (1, 5))
     out = model(input_ids=ids, labels=ids)
     torch.testing.assert_close(out.loss, tiny_llama()(input_ids=ids, labels=ids).loss)
-    assert vars(model)["forward"].behind is None
+    assert type(model).__mro__[1] is hf.LlamaForCausalLM
 
 
 def test_a_gradient_tolerance_reaches_the_primitive():
@@ -220,25 +224,27 @@ def test_a_gradient_tolerance_reaches_the_primitive():
 
 
 def test_under_torch_compile():
-    model = tiny_llama()
-    ids = torch.randint(3, 300, (2, 5))
-    unpatched, want = loss_and_grads(model, input_ids=ids, labels=ids)
-    patch(model)
+    """Compiled is what comes before the head, once for all lengths; log-probabilities and loss are not."""
+    model, compiled_model = tiny_llama(), patch(tiny_llama())
     graphs = []
 
     def eager(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model, backend=eager)
-    out = compiled(input_ids=ids, labels=ids)
-    torch.testing.assert_close(out.loss, unpatched.loss)
-    assert not graphs  # Dynamo would compile pieces of it anew for every length
-    compiled(input_ids=ids)
-    assert graphs
-    model.zero_grad()
-    out.loss.backward()
-    torch.testing.assert_close(model.lm_head.weight.grad, want["lm_head.weight"], rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+    compiled = torch.compile(compiled_model, backend=eager)
+    for length in (5, 9, 7, 12):
+        ids = torch.randint(3, 300, (2, length))
+        unpatched, want = loss_and_grads(model, input_ids=ids, labels=ids)
+        compiled_model.zero_grad()
+        out = compiled(input_ids=ids, labels=ids)
+        out.loss.backward()
+        torch.testing.assert_close(out.loss, unpatched.loss)
+        for name, parameter in compiled_model.named_parameters():
+            torch.testing.assert_close(parameter.grad, want[name], rtol=1e-4, atol=1e-5)
+    bodies = [graph for graph in graphs if "scaled_dot_product_attention" in graph.code]
+    assert 1 <= len(bodies) <= 2, "for the first length, and for all others"
 
 
 def test_bfloat16_and_autocast():
@@ -271,11 +277,31 @@ def test_a_transformers_trainer_gains(tmp_path):
 
 
 class OwnLoss(hf.LlamaForCausalLM):
+    """As much remote code does it."""
+
     def forward(self, input_ids, labels=None, **kwargs):
         out = super().forward(input_ids, **kwargs)
         if labels is not None:
-            out["loss"] = out.logits.sum()
+            shift_logits, shift_labels = out.logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+            out["loss"] = nn.CrossEntropyLoss()(shift_logits.view(-1, 320), shift_labels.view(-1))
         return out
+
+
+class Regression(hf.LlamaForCausalLM):
+    def forward(self, *args, labels=None, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out["loss"] = out.logits.new_ones(()) if labels is None else self.lm_head.weight.mean()
+        return out
+
+
+class ChangesLabels(hf.LlamaForCausalLM):
+    def forward(self, input_ids, labels=None, **kwargs):
+        return super().forward(input_ids, labels=labels.masked_fill(labels == 3, -100), **kwargs)
+
+
+class IgnoresPadding(hf.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs, ignore_index=0)
 
 
 class WeightedLoss(hf.LlamaForCausalLM):
@@ -292,23 +318,130 @@ class Twice(hf.LlamaForCausalLM):
         return super().forward(input_ids, **kwargs)
 
 
+class NoHead(hf.LlamaForCausalLM):
+    def forward(self, input_ids, labels=None, **kwargs):
+        hidden = self.model(input_ids).last_hidden_state
+        return hf.modeling_outputs.CausalLMOutputWithPast(logits=hidden @ self.lm_head.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (OwnLoss, r"OwnLoss reads its logits \(aten.slice.Tensor\).*hidden_states\(model\)"),
+        (Regression, "computes its loss itself"),
+        (ChangesLabels, "changes the labels before its loss"),
+        (IgnoresPadding, "calls its loss with ignore_index=0: pass ignore_index=0"),
+        (Twice, "more than once"),
+        (NoHead, "of tests.models.test_patch, does not call its LM head"),
+    ],
+)
+def test_what_only_a_forward_shows_is_refused_in_the_first_one(kind, message):
+    model = patch(kind(tiny_llama().config))
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=(ids := torch.tensor([[4, 3, 5]])), labels=ids)
+    assert "forward" not in vars(model.lm_head)
+    assert "_loss_function" not in vars(model)
+
+
+def test_a_model_with_a_loss_of_its_own_gives_hidden_states():
+    model = OwnLoss(tiny_llama().config).eval()
+    ids = torch.randint(3, 300, (2, 5))
+    hidden = hidden_states(model, ids, torch.ones_like(ids))
+    torch.testing.assert_close(hidden @ model.lm_head.weight.T, model(ids).logits)
+
+
 def test_models_that_are_not_understood_are_refused():
-    config = tiny_llama().config
-    with pytest.raises(ValueError, match="computes its loss itself"):
-        patch(OwnLoss(config))
-    with pytest.raises(ValueError, match="more than once"):
-        patch(Twice(config))
     model = tiny_llama()
     model.loss_function = lambda logits, labels, **_: logits.square().mean()
-    with pytest.raises(ValueError, match="not the cross-entropy"):
+    with pytest.raises(ValueError, match="only this loss is supported"):
         patch(model)
-    assert "forward" not in vars(model)
+    model.loss_function = lambda logits: logits.sum()
+    with pytest.raises(ValueError, match="cannot be called as transformers does"):
+        patch(model)
+    assert type(model) is hf.LlamaForCausalLM
     with pytest.raises(TypeError, match="no LM head"):
         patch(tiny_llama().model)
     model = tiny_llama()
     model.lm_head = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 320))
     with pytest.raises(ValueError, match="only a plain"):
         patch(model)
+
+
+def test_a_fused_loss_of_another_package_is_refused():
+    liger = pytest.importorskip("liger_kernel.transformers")
+    model = tiny_llama()
+    liger.apply_liger_kernel_to_llama(model=model, rope=False, swiglu=False, rms_norm=False)
+    with pytest.raises(ValueError, match=r"liger_kernel has replaced the forward.*fused_linear_cross_entropy=False"):
+        patch(model)
+
+
+@pytest.mark.parametrize("extra", [{"ignore_index": 5}, {"ignore_index": 5, "num_items_in_batch": 7}])
+def test_ignore_index_is_honoured(extra):
+    ids = torch.randint(3, 300, (2, 9))
+    ids[:, 2:5] = 5
+    unpatched, want = loss_and_grads(tiny_llama(), input_ids=ids, labels=ids, **extra)
+    ours, got = loss_and_grads(patch(tiny_llama()), input_ids=ids, labels=ids, **extra)
+    torch.testing.assert_close(ours.loss, unpatched.loss)
+    torch.testing.assert_close(got["lm_head.weight"], want["lm_head.weight"], rtol=1e-4, atol=1e-6)
+    assert (ours.label_logps[:, 1:4] == 0).all()
+    assert (unpatched.loss - tiny_llama()(input_ids=ids, labels=ids, num_items_in_batch=7).loss).abs() > 1e-3
+
+
+def test_topk_ids_need_labels():
+    ids = torch.randint(3, 300, (2, 9))
+    with pytest.raises(ValueError, match="topk_ids without labels"):
+        patch(tiny_llama())(input_ids=ids, topk_ids=ids[..., None])
+
+
+def test_labels_by_position_are_labels():
+    model, ids = patch(tiny_llama()), torch.randint(3, 300, (2, 9))
+    place = [*inspect.signature(hf.LlamaForCausalLM.forward).parameters].index("labels") - 1
+    out = model(ids, *[None] * (place - 1), ids)
+    torch.testing.assert_close(out.label_logps, model(input_ids=ids, labels=ids).label_logps)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate's state, precision included, is one for the process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("patch_first", [False, True])
+@pytest.mark.parametrize("again", [saved_and_loaded, copy.deepcopy])
+def test_a_patch_outlives_pickles_copies_and_accelerate(fresh_accelerate, mixed_precision, patch_first, again):
+    """accelerate leaves an autocast on the instance's forward, and takes it off by following `__wrapped__`."""
+    ids = torch.randint(3, 300, (2, 9))
+    accelerator = accelerate.Accelerator(mixed_precision=mixed_precision, cpu=True)
+    want = accelerator.prepare_model(tiny_llama())(input_ids=ids, labels=ids).loss
+    exact = tiny_llama()(input_ids=ids, labels=ids).loss
+    rounding = 0.0 if mixed_precision == "no" else 0.02
+    model = tiny_llama()
+    model = accelerator.prepare_model(patch(model)) if patch_first else patch(accelerator.prepare_model(model))
+    bare = accelerator.unwrap_model(again(model), keep_fp32_wrapper=False)
+    for patched in (model, again(model), bare):
+        out = patched(input_ids=ids, labels=ids)
+        assert "label_logps" in out
+        torch.testing.assert_close(out.loss, want, rtol=1e-5 + rounding, atol=0)
+        assert isinstance(patched, hf.LlamaForCausalLM)
+    if patch_first:
+        torch.testing.assert_close(bare(input_ids=ids, labels=ids).loss, exact)
+    assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
+
+
+def test_saved_weights_name_the_models_class(tmp_path):
+    patch(tiny_llama()).save_pretrained(tmp_path)
+    assert hf.AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+    assert type(hf.AutoModelForCausalLM.from_pretrained(tmp_path)) is hf.LlamaForCausalLM
 
 
 def test_a_loss_the_model_scales_afterwards_keeps_its_scale():

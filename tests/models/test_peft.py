@@ -96,7 +96,7 @@ def test_wrapping_after_the_patch():
     unpatched, want = own_loss_and_grads(get_peft_model(build(MODELS["llama"]), config).double(), **batch())
     model = get_peft_model(patch(build(MODELS["llama"])), config).double()
     ours, got = loss_and_grads(model, **batch())
-    assert "selected_logps" in ours
+    assert "label_logps" in ours
     torch.testing.assert_close(ours.loss, unpatched.loss)
     assert got.keys() == want.keys()
 
@@ -129,3 +129,33 @@ def test_lora_with_a_trained_tied_embedding():
 
     got = assert_patched_equals(model)
     assert any("modules_to_save" in name for name in got)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_trained_rows_of_a_tied_head(name):
+    """`trainable_token_indices`: the head's weight is the embedding's with these rows put in; both ends train them."""
+    tokens = batch()["input_ids"][0, 1:3].tolist()
+
+    def model():
+        config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens, **LORA)
+        model = get_peft_model(build(MODELS[name]), config).double()
+        for n, parameter in model.named_parameters():
+            if "trainable_tokens" in n:
+                parameter.data += 0.3
+        return model
+
+    got = assert_patched_equals(model)
+    assert any("trainable_tokens_delta" in n for n in got)
+    patched = patch(model())
+    with patched.disable_adapter():
+        inputs = batch()
+        logits = build(MODELS[name])(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        want = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        torch.testing.assert_close(patched(**inputs).loss, want)
+
+
+def test_an_adapter_that_reaches_the_head_by_tying_is_refused():
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(build(MODELS["llama-tied"]), config)
+    with pytest.raises(ValueError, match="with ensure_weight_tying also the embedding"):
+        patch(model)

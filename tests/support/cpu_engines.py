@@ -18,11 +18,15 @@ _init = AcceleratorState.__init__
 
 
 def fsdp_on_cpu(self, *args, fsdp_plugin=None, **kwargs):
-    known = self.initialized
+    known = bool(self._shared_state)  # not `initialized`, which is true once there is a PartialState
     _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None and not known:
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.distributed_type != DistributedType.FSDP:
+        raise RuntimeError(f"FSDP is not on, but {self.distributed_type}")
 
 
 AcceleratorState.__init__ = fsdp_on_cpu

@@ -1,7 +1,7 @@
 """bfloat16 on 2 processes, under DDP, FSDP2 and ZeRO-3, both trainers: near one process, and the same when resumed.
 
-Under DDP and FSDP2 the parameters are float32 and autocast rounds operands of products. DeepSpeed makes the parameters
-themselves bfloat16, so its runs are compared with one process that does so too.
+Under DDP the parameters are float32 and autocast rounds operands of products. DeepSpeed makes the parameters bfloat16,
+and FSDP2 those that a module runs with, so their runs are compared with one process that does so too.
 """
 
 import os
@@ -117,9 +117,10 @@ def test_bfloat16_and_resuming(directory, exact, engine):
     logs = run_ranks(2, train_rank, recipe_environment(engine), directory, engine)[0]
     stored = torch.bfloat16 if engine == "zero3" else torch.float32
     for kind, (log, resumed_log) in logs.items():
-        near = exact[kind]
-        if engine == "zero3":
+        near, drift = exact[kind], 0.03
+        if engine != "ddp":
             near = train(kind, directory, f"{kind}-bfloat16", dtype=torch.bfloat16, gradient_accumulation_steps=2)
+            drift = 0.06  # one such process is that far from float32 after 5 steps
             for name in ("loss", "logps/chosen"):  # nothing else is rounded: bfloat16 has 3 digits
                 assert log[0][name] == pytest.approx(near[0][name], rel=1e-5)
         whole, resumed = (parameters(directory, f"{engine}-{kind}{end}") for end in ("", "-resumed"))
@@ -129,7 +130,7 @@ def test_bfloat16_and_resuming(directory, exact, engine):
         saved = parameters(directory, f"{engine}-{kind}/checkpoint-{SAVED}")
         assert any(not torch.equal(saved[name], value) for name, value in whole.items())
         for want, got in zip(near, log, strict=True):
-            assert got["loss"] == pytest.approx(want["loss"], rel=0.03)
+            assert got["loss"] == pytest.approx(want["loss"], rel=drift)
             assert got["logps/chosen"] == pytest.approx(want["logps/chosen"], rel=0.01)
         assert log[0]["logps/chosen"] != exact[kind][0]["logps/chosen"]
         (again,) = (entry for entry in resumed_log if entry["step"] > SAVED)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...models.distributed import check_on_first_rank, unrounded
-from ...models.lm_head import check_lm_head, head_module, unwrap
-from ...models.patch import replace_forward, selected_forward
+from ...models.distributed import check_head
+from ...models.forward import unrounded
+from ...models.lm_head import unwrap
+from ...models.override import override_forward
+from ...models.patch import selecting_logps, shifted
 from ...ops.head import Head
 from ...ops.run import Run
 from ...ops.selected_logps import SelectedLogps
@@ -50,39 +52,58 @@ def add_fused_lm_head(
         token_metrics: compute those that are for logging only; else they hold zeros.
         run: backend, memory budget and gradient tolerance of the head.
     """
-    head_module(model)  # every rank refuses what it can see
-    check_on_first_rank(model, check_lm_head)
-    computed = {
-        name: field
-        for name, field in _STATISTICS.items()
-        if name in outputs and (token_metrics or name == "log_sum_sq_probs")
-    }
+    check_head(model)
+    override_forward(model, _FusedHead(tuple(outputs), token_metrics, run))
 
-    # The forward that answers `fused_lm_head=True`.
-    def fused(self: Any, forward: Any, kwargs: dict[str, Any]) -> FusedSelectedOutput:
+
+@dataclass(frozen=True)
+class _FusedHead:
+    """Of calls with `fused_lm_head=True`: what TRL asks for. The model computes no loss, so its loss may be any."""
+
+    outputs: tuple[str, ...]
+    token_metrics: bool
+    run: Run
+
+    def wants(self, kwargs: dict[str, Any]) -> bool:
+        return kwargs.pop("fused_lm_head", False)
+
+    @torch.compiler.disable(recursive=False)  # compiled is the model's body
+    def __call__(self, causal: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> FusedSelectedOutput:
+        kwargs = dict(kwargs)
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        num_items, topk_ids = kwargs.pop("num_items_in_batch", None), kwargs.pop("topk_ids", None)
+        aligned = shifted(labels) if shift_labels is None else shift_labels
         seen: dict[str, Tensor] = {}
+        computed = {
+            name: field
+            for name, field in _STATISTICS.items()
+            if name in self.outputs and (self.token_metrics or name == "log_sum_sq_probs")
+        }
 
         def observe(hidden: Tensor, head: Head, labels: Tensor) -> None:
             statistics = linear_token_statistics(hidden, head, labels)
             seen.update({name: getattr(statistics, field) for name, field in computed.items()})
 
-        del kwargs["fused_lm_head"]
-        out = selected_forward(self, forward, kwargs, run, observe if computed else None)
-        logps = out.selected_logps.label
-        for name in outputs:
+        kwargs |= {"return_dict": True}
+        kwargs.setdefault("use_cache", False)
+        with selecting_logps(causal, aligned, topk_ids, -100, self.run, observe if computed else None) as call:
+            model_output = forward(**kwargs)
+        call.check(model_output.logits)
+        selected = SelectedLogps(*call.values)
+        logps = selected.label
+        for name in self.outputs:
             if name in _STATISTICS and name not in seen:
                 seen[name] = torch.zeros_like(logps, dtype=torch.bool if name == "is_top1" else logps.dtype)
+        count = (aligned != -100).sum().clamp(min=1) if num_items is None else num_items
         output = FusedSelectedOutput(
-            loss=out.loss,
+            loss=-logps.sum() / count,
             log_probs=logps[:, :-1],
-            aux_loss=out.aux_loss,
-            selected_logps=out.selected_logps,
+            aux_loss=model_output.get("aux_loss"),
+            selected_logps=selected,
             **{name: values[:, :-1] for name, values in seen.items()},
         )
-        vars(self)[_EXACT] = output
+        vars(causal)[_EXACT] = output
         return output
-
-    replace_forward(model, lambda kwargs: kwargs.get("fused_lm_head", False), fused)
 
 
 def run_fused(model: nn.Module, **kwargs: Any) -> FusedSelectedOutput:
