@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from dadpo_kernels.cache.dataset import PairCollator, PairDataset
 from dadpo_kernels.cache.sampler import ShardSampler
@@ -30,14 +31,22 @@ def cache(tmp_path_factory):
     return directory
 
 
-def trainer(cache, out, model=None, **options):
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """A cache without reference log-probabilities."""
+    directory = tmp_path_factory.mktemp("bare") / "pairs"
+    capture_teacher(tiny_llama(), TOKENIZER, tokenize_pairs(chat_records(2), TOKENIZER, 64), directory, k=6)
+    return directory
+
+
+def trainer(cache, out, model=None, evaluation=None, **options):
     settings = {
         "output_dir": str(out), "per_device_train_batch_size": 2, "num_train_epochs": 1, "learning_rate": 1e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
         "max_grad_norm": 0.0, **LOSS,
     }  # fmt: skip
     config = DaDPOConfig(**settings | options)
-    return DaDPOTrainer(model or tiny_llama(), config, PairDataset(cache), PairDataset(cache), TOKENIZER)
+    return DaDPOTrainer(model or tiny_llama(), config, PairDataset(cache), evaluation or PairDataset(cache), TOKENIZER)
 
 
 def dense_loss(model, cache, **options):
@@ -128,25 +137,22 @@ def test_logits_are_never_computed(cache, tmp_path):
     t = trainer(cache, tmp_path)
     # The loss runs as the head's forward, so that engines gather the weight for it; what comes out is one number.
     shapes = []
-    t.model.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape))
+    t.model.lm_head.register_forward_hook(lambda _, inputs, output: shapes.append([o.shape for o in output]))
     t.train()
     assert t.evaluate()["eval_loss"] > 0
     assert shapes
-    assert set(shapes) == {()}
+    assert all(shape == [()] for shape in shapes)
 
 
-def test_sft_stage_skips_rejected_answers(cache, tmp_path, monkeypatch):
+def test_sft_stage_skips_rejected_answers(cache, tmp_path):
     rows = []
-    original = DaDPOTrainer.compute_loss.__globals__["hidden_states"]
-    monkeypatch.setitem(
-        DaDPOTrainer.compute_loss.__globals__,
-        "hidden_states",
-        lambda model, ids, mask: rows.append(len(ids)) or original(model, ids, mask),
-    )
     options = {"beta_ref": 0.0, "beta_teacher": 0.0, "kl_on": "chosen"}
     model = tiny_llama()
     want = dense_loss(model, cache, **options)
     t = trainer(cache, tmp_path, model, per_device_train_batch_size=10, **options)
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     t.train()
     assert rows == [10]
     assert t.state.log_history[0]["loss"] == pytest.approx(want.loss.item(), rel=1e-5)
@@ -195,15 +201,89 @@ def test_bfloat16_trains_float32_parameters(cache, tmp_path):
     assert all(p.dtype == torch.float32 for p in t.model.parameters())
 
 
-def test_contradictions_are_refused(cache, tmp_path):
+def test_several_evaluation_sets(cache, bare, tmp_path):
+    sets = {"a": PairDataset(cache), "b": Subset(PairDataset(cache), range(3))}
+    options = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_model": True,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_b_loss",
+    }  # fmt: skip
+    t = trainer(cache, tmp_path, evaluation=sets, **options)
+    t.train()
+    logged = [entry for entry in t.state.log_history if "eval_a_loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 5]
+    assert t.state.best_metric == min(e["eval_b_loss"] for e in t.state.log_history if "eval_b_loss" in e)
+    got = t.evaluate()
+    for name, data in sets.items():
+        alone = t.evaluate(data)
+        del alone["epoch"]
+        assert {key: got[f"eval_{name}_{key[5:]}"] for key in alone} == alone
+        assert t.evaluate({"c": data}, metric_key_prefix="test")["test_c_loss"] == alone["eval_loss"]
+    assert got["eval_a_loss"] != got["eval_b_loss"]
+    with pytest.raises(ValueError, match=r"eval_dataset\['b'\] has no reference log-probabilities"):
+        trainer(cache, tmp_path, evaluation={"a": PairDataset(cache), "b": PairDataset(bare)})
+    for data in (PairDataset(bare), {"a": PairDataset(bare)}):
+        with pytest.raises(ValueError, match="eval_dataset has no reference log-probabilities"):
+            t.evaluate(data)
+
+
+def test_workers_that_stay_do_not_stay_with_another_set(cache, tmp_path):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    t = trainer(cache, tmp_path, **workers)
+    whole = t.evaluate()
+    assert t.evaluate(Subset(PairDataset(cache), range(3)))["eval_loss"] != whole["eval_loss"]
+    assert t.evaluate() == whole
+
+
+def test_options_of_transformers_have_their_effect(cache, tmp_path):
+    def losses(**options):
+        t = trainer(cache, tmp_path, **options)
+        t.train()
+        return [entry["loss"] for entry in t.state.log_history if "loss" in entry], t.evaluate()
+
+    plain, evaluated = losses()
+    assert losses(neftune_noise_alpha=5.0)[0] != pytest.approx(plain, rel=0.01)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert losses(torch_compile=True, torch_compile_backend="eager")[0] == pytest.approx(plain, rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    with_memory = losses(skip_memory_metrics=False)[1]
+    assert with_memory.keys() - evaluated.keys() >= {"eval_mem_cpu_alloc_delta", "eval_mem_cpu_peaked_delta"}
+
+
+def test_a_smaller_batch_size_starts_anew(cache, tmp_path):
+    """`auto_find_batch_size`: what an attempt logged before it ran out of memory is no part of the next one's log."""
+    model = tiny_llama()
+    t = trainer(cache, tmp_path, model, auto_find_batch_size=True, per_device_train_batch_size=4, learning_rate=0.0)
+
+    def step(*args):
+        loss = DaDPOTrainer.training_step(t, *args)
+        if t._train_batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    t.training_step = step
+    t.train()
+    again = trainer(cache, tmp_path, model, per_device_train_batch_size=t._train_batch_size, learning_rate=0.0)
+    again.train()
+    logs = [[entry for entry in one.state.log_history if "loss" in entry] for one in (t, again)]
+    assert t._train_batch_size < 4
+    assert logs[0] == logs[1]
+    assert t.tokens_seen == again.tokens_seen > 0
+
+
+def test_contradictions_are_refused(cache, bare, tmp_path):
     with pytest.raises(ValueError, match="leaves no loss"):
         trainer(cache, tmp_path, beta_ref=0.0, beta_teacher=0.0, kl_weight=0.0, sft_weight=0.0)
     with pytest.raises(ValueError, match="loss_type"):
         trainer(cache, tmp_path, loss_type="sigmoide")
-    bare = tmp_path / "bare"
-    capture_teacher(tiny_llama(), TOKENIZER, tokenize_pairs(chat_records(2), TOKENIZER, 64), bare, k=6)
     with pytest.raises(ValueError, match="no reference log-probabilities"):
         trainer(bare, tmp_path)
+    router = tiny_llama()
+    router.config.output_router_logits = True
+    with pytest.raises(ValueError, match=r"output_router_logits=True.*set it to False, or train with TRLDaDPOTrainer"):
+        trainer(cache, tmp_path, router)
+    with pytest.raises(ValueError, match=r"predict\(\) would return logits.*evaluate\(\)"):
+        trainer(cache, tmp_path).predict(PairDataset(cache))
 
 
 @pytest.fixture

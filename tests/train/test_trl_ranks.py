@@ -30,9 +30,12 @@ TEACHER = {"beta": 0.1, "beta_teacher": 0.2, "kl_weight": 0.7}
 # By name: options, and the micro-batches a step is cut into. TRL's metrics over tokens are averaged over these.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "text": ({"use_weighting": True, "loss_type": ["sigmoid", "apo_zero"]}, 1),
+    "copied": ({"sync_ref_model": True, "ref_model_sync_steps": 4}, 1),  # the reference is a copy that TRL makes
+    "precomputed": ({"precompute_ref_log_probs": True}, 1),
     "teacher": ({**TEACHER, "divergence": "js"}, 2),
     "lora": ({**TEACHER, "kl_on": "chosen", "learning_rate": 1e-2}, 2),
 }
+TEXT = ("text", "copied", "precomputed")
 OVER_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "distill/")
 
 
@@ -61,14 +64,19 @@ def directory(tmp_path_factory, one_thread):
     capture_reference(tiny_llama(seed=5), TOKENIZER, d / "cache")
     tiny_llama(seed=8).save_pretrained(d / "student")
     TOKENIZER.save_pretrained(d / "student")
+    text = Dataset.from_list(chat_records(PAIRS))
+    for case in TEXT:  # each run its own: what TRL precomputes is kept beside it, for the next run with this data
+        for run in ("one", "ddp", "fsdp2", "zero3"):
+            text.save_to_disk(d / f"text-{run}-{case}")
     return d
 
 
 def train(case: str, directory: Path, out: str, ranks: int) -> list[dict]:
     """The log of `STEPS` steps; the parameters go to a file."""
     options, micro_batches = CASES[case]
-    text, lora = case == "text", case == "lora"
-    data = Dataset.from_list(chat_records(PAIRS)) if text else PairDataset(directory / ("bare" if lora else "cache"))
+    text, lora = case in TEXT, case == "lora"
+    cache = directory / ("bare" if lora else "cache")
+    data = Dataset.load_from_disk(str(directory / f"text-{out}")) if text else PairDataset(cache)
     settings = {
         "max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // ranks // micro_batches,
         "gradient_accumulation_steps": micro_batches, "per_device_eval_batch_size": GLOBAL_BATCH // ranks,
@@ -76,7 +84,7 @@ def train(case: str, directory: Path, out: str, ranks: int) -> list[dict]:
     torch.manual_seed(0)  # of the adapters
     trainer = TRLDaDPOTrainer(
         str(directory / "student"),  # FSDP2 loads it on the first rank only
-        tiny_llama(seed=5) if text else None,
+        tiny_llama(seed=5) if case == "text" else None,
         TRLDaDPOConfig(str(directory / out), **SETTINGS | settings | options),
         data_collator=None if text else Silenced(DataCollatorForPreference(pad_token_id=0)),
         train_dataset=data,
@@ -96,6 +104,26 @@ def train_rank(environment: dict[str, str], directory: Path, engine: str) -> dic
     from tests.support import cpu_engines  # noqa: F401  # accelerate would start FSDP2 on GPUs only
 
     return {case: train(case, directory, f"{engine}-{case}", ranks=2) for case in CASES}
+
+
+def refused_on_ranks(environment: dict[str, str], directory: Path) -> list[str]:
+    """What cannot be precomputed on several processes: the messages."""
+    os.environ |= environment
+    os.chdir(ROOT)
+    from tests.support import cpu_engines  # noqa: F401
+
+    messages = []
+    for data, lora in ((Dataset.from_list(chat_records(4)), None), (None, LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(ValueError, match="precompute_ref_log_probs=True") as error:
+            TRLDaDPOTrainer(
+                str(directory / "student"),
+                args=TRLDaDPOConfig(str(directory / "out"), precompute_ref_log_probs=True, **SETTINGS),
+                train_dataset=data or Dataset.load_from_disk(str(directory / "text-fsdp2-text")),
+                processing_class=TOKENIZER,
+                peft_config=lora,
+            )
+        messages.append(str(error.value))
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +155,12 @@ def test_two_processes_make_the_run_of_one(directory, alone, together, case):
     assert want.keys() == got.keys()
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_ranks_cannot_precompute_is_refused(directory):
+    for in_memory, under_fsdp in run_ranks(2, refused_on_ranks, recipe_environment("fsdp2"), directory):
+        assert "this one is in memory: save it with save_to_disk" in in_memory
+        assert "needs a model of its own for the reference under FSDP: pass ref_model" in under_fsdp
 
 
 def test_some_pairs_are_silent_and_all_cases_learn(directory, alone):

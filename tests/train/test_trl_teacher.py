@@ -184,6 +184,15 @@ def test_evaluation_of_caches(cache, tmp_path):
     again = t.evaluate(PairDataset(cache))  # after training, where TRL would miss its reference
     assert again["eval_loss"] == pytest.approx(t.evaluate()["eval_two_loss"], rel=1e-6)
     assert "eval_entropy" in again
+    assert t.evaluate({"three": PairDataset(cache)})["eval_three_loss"] == again["eval_loss"]
+    with pytest.raises(ValueError, match=r"predict\(\) would return logits.*call evaluate\(\)"):
+        t.predict(PairDataset(cache))
+    t.args.prediction_loss_only = True
+    few = as_trl_dataset(PairDataset(cache)).select(range(2))
+    assert t.predict(few).metrics["test_loss"] == t.evaluate(few)["eval_loss"]
+    assert t.predict(PairDataset(cache)).metrics["test_loss"] == again["eval_loss"]
+    t.predict(few)  # the next evaluation's metrics are its own
+    assert t.evaluate(PairDataset(cache))["eval_rewards/margins"] == again["eval_rewards/margins"]
 
 
 def test_resumed_run_equals_uninterrupted(cache, tmp_path):
@@ -291,6 +300,48 @@ def test_reference_columns_are_used_where_trl_trips_over_them(tmp_path):
     assert entry["rewards/chosen"] == pytest.approx(0.1 * (entry["logps/chosen"] + 20), rel=1e-4)
 
 
+def test_the_reference_is_one_and_it_is_clear_which(cache, no_reference, tmp_path):
+    columns = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -30.0}
+    text, scored = Dataset.from_list(chat_records(4)), Dataset.from_list([r | columns for r in chat_records(4)])
+    other, options = tiny_llama(seed=4), {"beta_teacher": 0.0, "kl_weight": 0.0}
+    precompute = options | {"precompute_ref_log_probs": True}
+    for data in (PairDataset(cache), as_trl_dataset(PairDataset(cache))):
+        with pytest.raises(ValueError, match=r"train_dataset has reference log-prob.*leave ref_model out"):
+            trainer(data, tmp_path, ref_model=other)
+    with pytest.raises(ValueError, match=r"eval_dataset\['a'\] has reference log-prob.*leave ref_model out"):
+        trainer(text, tmp_path, ref_model=other, eval_dataset={"a": PairDataset(cache)}, **options)
+    with pytest.raises(ValueError, match=r"train_dataset has reference log-prob.*leave ref_model out"):
+        trainer(scored, tmp_path, ref_model=other, **precompute)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=False asks for a model's: set it to True"):
+        trainer(scored, tmp_path, **options)
+    with pytest.raises(
+        ValueError, match=r"precompute_ref_log_probs=True cannot add to a cache.*run `dadpo reference`"
+    ):
+        trainer(PairDataset(no_reference), tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="beta=0 uses no reference: leave ref_model out"):
+        trainer(PairDataset(no_reference), tmp_path, ref_model=other, beta=0.0)
+    t = trainer(text, tmp_path, ref_model=other, eval_dataset=text, **options)
+    t.args.prediction_loss_only = True
+    for method in (t.evaluate, t.predict):
+        for data in (scored, PairDataset(cache)):
+            with pytest.raises(ValueError, match=r"_dataset has reference log-prob.*leave ref_model out"):
+                method(data)
+    # A collator may bring reference log-probabilities too: ref_model is an argument, and wins.
+    expected = t.evaluate()["eval_loss"]
+    collate = t.data_collator
+    t.data_collator = lambda examples: (
+        collate(examples) | {name: torch.full((len(examples),), value) for name, value in columns.items()}
+    )
+    assert t.evaluate()["eval_loss"] == expected
+
+
+def test_a_cache_does_not_change_the_arguments(cache, tmp_path):
+    """A cache with a reference makes TRL keep none; the next trainer with these arguments may need one."""
+    args = TRLDaDPOConfig(str(tmp_path), **SETTINGS | TEACHER)
+    TRLDaDPOTrainer(tiny_llama(), args=args, train_dataset=PairDataset(cache), processing_class=TOKENIZER)
+    assert not args.precompute_ref_log_probs
+
+
 def test_trl_cannot_prepare_a_cache(cache, tmp_path):
     with pytest.raises((KeyError, ValueError)):
         DPOTrainer(
@@ -315,6 +366,10 @@ def test_contradictions_are_refused(cache, no_reference, tmp_path):
         TRLDaDPOTrainer(tiny_llama(), None, DPOConfig(str(tmp_path), **SETTINGS), train_dataset=PairDataset(cache))
     with pytest.raises(ValueError, match="both 0"):
         trainer(PairDataset(cache), tmp_path, beta=0.0, beta_teacher=0.0)
+    with pytest.raises(ValueError, match="'group_by_length' needs lengths, and train_dataset has none"):
+        trainer(PairDataset(cache), tmp_path, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match=r"model_init_kwargs=.* model is loaded already"):
+        trainer(PairDataset(cache), tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     with pytest.raises(ValueError, match="unknown kl_on 'all'"):
         trainer(PairDataset(cache), tmp_path, kl_on="all")
     with pytest.raises(ValueError, match="kd_temperature=2"):
@@ -343,6 +398,7 @@ def test_a_model_that_does_something_else_behind_its_head_is_refused(cache, tmp_
             return out
 
     model = Doubled(tiny_llama().config)
+    doubled = trainer(PairDataset(cache), tmp_path, model)
     with pytest.raises(ValueError, match="not those of its head"):
-        trainer(PairDataset(cache), tmp_path, model)
+        doubled.train()
     assert isinstance(model.lm_head, nn.Linear)

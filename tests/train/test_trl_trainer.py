@@ -103,6 +103,35 @@ def test_options_of_trl_keep_their_meaning(options, tmp_path):
     assert_same_run(run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path / "b", **steps, **options), theirs)
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+def test_torch_compile(precompute, tmp_path):
+    """Of the policy and of its reference, which are no bare modules then."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (
+        run(
+            TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path / "run", steps=6, ref_model=tiny_llama(seed=4),
+            precompute_ref_log_probs=precompute, **options,
+        )
+        for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    )  # fmt: skip
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    assert_same_run(compiled, plain)
+
+
+def test_batches_of_similar_length(tmp_path):
+    """transformers orders by a column of lengths, which TRL's preparation would take away."""
+    data = Dataset.from_list(chat_records(16, seed=3))
+    by_length = {"steps": 4, "train_sampling_strategy": "group_by_length"}
+    for options in ({}, {"remove_unused_columns": False}):
+        with pytest.raises(ValueError, match="'group_by_length' needs lengths, and train_dataset has none"):
+            run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path, data=data, **by_length, **options)
+    data = data.add_column("length", [len(str(record)) for record in data])
+    t = run(TRLDaDPOTrainer, TRLDaDPOConfig, tmp_path, data=data, remove_unused_columns=False, **by_length)
+    order = list(t._get_train_sampler())
+    assert data["length"][order[0]] == max(data["length"])
+
+
 def test_bfloat16_is_near_float32(tmp_path):
     """TRL's default. Autocast makes the products in bfloat16; log-probabilities and sums stay float32."""
     exact, ours = (

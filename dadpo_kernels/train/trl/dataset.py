@@ -31,7 +31,9 @@ def as_trl_dataset(data: Any) -> Any:
 
 
 def cached_pairs(data: Any) -> PairDataset | None:
-    """The cache behind a data set that `as_trl_dataset` made (or that was selected or shuffled from it)."""
+    """A cache, or the one behind a data set that `as_trl_dataset` made (or that was selected or shuffled from it)."""
+    if isinstance(data, PairDataset):
+        return data
     if not isinstance(data, datasets.Dataset):
         return None
     transform = data.format["format_kwargs"].get("transform")

@@ -7,6 +7,7 @@ brings these gives every loss type, f-divergence and weighting of TRL its teache
 then added to TRL's loss.
 """
 
+import copy
 import functools
 import textwrap
 from collections.abc import Iterator
@@ -16,30 +17,61 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model, send_to_device
+from datasets import is_caching_enabled
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
-from ...cache.dataset import PairDataset
 from ...losses.divergence import check_divergence_options, topk_divergence
 from ...losses.linear_loss import pair_counts
 from ...losses.options import Sides
 from ...losses.targets import TeacherTargets
 from ...ops.run import Run
 from ...ops.selected_logps import SelectedLogps
+from ..arguments import REFUSED, Refused, check_options, defaults_of, named_sets
 from ..live_metrics import LiveMetrics
 from ..options import TeacherOptions
 from .dataset import PairPreferenceCollator, as_trl_dataset, cached_pairs
 from .head import FusedSelectedOutput, add_fused_lm_head, instead_of_trls, run_fused
 
 _TOKEN_METRICS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+_BY_LENGTH = ("group_by_length", "batch_rebalance")  # values of train_sampling_strategy
+
+
+def _for_losses(*losses: str) -> Refused:
+    return Refused(
+        f"it is for loss_type {', '.join(losses)}: choose one of these, or leave it out",
+        lambda options: not {*losses}.isdisjoint(options["loss_type"]),
+    )
+
+
+def _together_with(option: str, value: Any = True) -> Refused:
+    return Refused(f"it needs {option}={value!r}: set this, or leave it out", lambda options: options[option] == value)
+
+
+# Of DPOConfig.
+REFUSED_OPTIONS = REFUSED | {
+    "discopop_tau": _for_losses("discopop"),
+    "f_alpha_divergence_coef": _together_with("f_divergence_type", "alpha_divergence"),
+    "label_smoothing": _for_losses("exo_pair", "robust", "aot", "aot_unpaired"),
+    "length_column_name": Refused(
+        f"it is for train_sampling_strategy {', '.join(_BY_LENGTH)}: choose one of these, or leave it out",
+        lambda options: options["train_sampling_strategy"] in _BY_LENGTH,
+    ),
+    "padding_free": Refused("TRL pads all the same: set it to False"),
+    "precompute_ref_batch_size": _together_with("precompute_ref_log_probs"),
+    "ref_model_mixup_alpha": _together_with("sync_ref_model"),
+    "ref_model_sync_steps": _together_with("sync_ref_model"),
+    "sync_ref_model": Refused("beta=0 uses no reference: set it to False", lambda options: options["beta"] > 0),
+}
 
 
 @dataclass
 class TRLDaDPOConfig(TeacherOptions, DPOConfig):
     """TRL's DPOConfig and the teacher. `beta` is the strength of the reference, as in TRL (`beta_ref` elsewhere here).
 
-    With `beta_teacher=0` and `kl_weight=0` it is DPOConfig.
+    With `beta_teacher=0` and `kl_weight=0` it is DPOConfig, without the options of it that TRL would accept and ignore
+    (`REFUSED_OPTIONS`).
     """
 
     token_metrics: bool = field(
@@ -51,6 +83,7 @@ class TRLDaDPOConfig(TeacherOptions, DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_options(vars(self), defaults_of(TRLDaDPOConfig), REFUSED_OPTIONS)
         Run(self.backend, self.memory_budget, self.grad_tolerance)  # checks them
         check_divergence_options(self.divergence, self.support, self.js_mix, self.kd_temperature)
         for name in ("beta", "beta_teacher", "kl_weight"):
@@ -71,7 +104,8 @@ class TRLDaDPOTrainer(DPOTrainer):
     All of TRL's arguments, options and metrics keep their meaning. Datasets may be TRL's, or `PairDataset`s: teacher
     caches, whose pairs are tokenized already. A cache with reference log-probabilities (`dadpo reference`) needs no
     reference model, and none is loaded; else TRL's is used (a copy of the model, a given `ref_model`, or with PEFT the
-    model without its adapter). The teacher's terms need caches.
+    model without its adapter). Text with columns `ref_chosen_logps` and `ref_rejected_logps` needs
+    `precompute_ref_log_probs=True`. The teacher's terms need caches.
 
     The divergence is a mean over the answer tokens of the whole optimizer step, across micro-batches and processes:
     micro-batches with few tokens do not count more (in evaluation, it is a mean over each batch of all processes).
@@ -80,7 +114,7 @@ class TRLDaDPOTrainer(DPOTrainer):
 
     Raises:
         TypeError: `args` is a plain DPOConfig.
-        ValueError: options or datasets that contradict each other, or a head that `lm_head` refuses.
+        ValueError: options, datasets or a `ref_model` that contradict each other, or a head that `lm_head` refuses.
     """
 
     args: TRLDaDPOConfig
@@ -116,11 +150,22 @@ class TRLDaDPOTrainer(DPOTrainer):
             args = TRLDaDPOConfig()
         if not isinstance(args, TRLDaDPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: pass a TRLDaDPOConfig, which has all of DPOConfig's")
-        sets = {"train_dataset": train_dataset}
-        sets |= eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        sets = {name: data for name, data in sets.items() if data is not None}
+        if ref_model is not None and args.beta == 0:
+            raise ValueError("ref_model is given, and beta=0 uses no reference: leave ref_model out, or set beta")
+        if args.model_init_kwargs and not isinstance(model, str):
+            raise ValueError(
+                f"model_init_kwargs={args.model_init_kwargs!r} are for loading a model, and model is loaded already: "
+                "leave them out, or pass its name"
+            )
+        self._ref_model_given = ref_model is not None
+        sets = named_sets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         for name, data in sets.items():
-            _check_dataset(name, data, args)
+            _check_dataset(name, data, args, self._ref_model_given)
+            if args.precompute_ref_log_probs and args.beta and _is_cache(data) and not _has_reference(data):
+                raise ValueError(
+                    f"precompute_ref_log_probs=True cannot add to a cache, and that of {name} has no reference "
+                    "log-probabilities: run `dadpo reference` on it, or set precompute_ref_log_probs=False"
+                )
         # TRL's trainer with our head and, where a cache has reference log-probabilities, without a reference model.
         ours: dict[str, Any] = {
             "add_fused_lm_head": functools.partial(
@@ -129,7 +174,8 @@ class TRLDaDPOTrainer(DPOTrainer):
                 run=Run(args.backend, args.memory_budget, args.grad_tolerance),
             )
         }
-        if args.beta == 0 or all(isinstance(data, PairDataset) and data.has_reference for data in sets.values()):
+        if args.beta == 0 or all(_is_cache(data) and _has_reference(data) for data in sets.values()):
+            args = copy.copy(args)
             args.precompute_ref_log_probs = True  # TRL then keeps no reference model
             ours["create_model_from_path"] = self._load_policy_only
         with instead_of_trls(**ours):
@@ -157,14 +203,38 @@ class TRLDaDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Caches are tokenized: TRL would look for text in them."""
-        return dataset if cached_pairs(dataset) else super()._prepare_dataset(dataset, *args, **kwargs)
+        return dataset if _is_cache(dataset) else super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Not what is there already, nor what nobody needs."""
-        columns = dataset.column_names or ()
-        if self.args.beta == 0 or cached_pairs(dataset) or "ref_chosen_logps" in columns:
+        """Not what is there already, nor what nobody needs.
+
+        Raises:
+            ValueError: under FSDP with PEFT, whose model is not where its batches are before training; or on several
+                processes without a file that passes the result from the first to the others.
+        """
+        if self.args.beta == 0 or _is_cache(dataset) or _has_reference(dataset):
             return dataset
-        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+        if self.is_fsdp_enabled and self.ref_model is None:
+            raise ValueError(
+                "precompute_ref_log_probs=True needs a model of its own for the reference under FSDP: pass ref_model, "
+                "or set precompute_ref_log_probs=False"
+            )
+        if self.accelerator.num_processes > 1 and not (is_caching_enabled() and getattr(dataset, "cache_files", True)):
+            raise ValueError(
+                f"precompute_ref_log_probs=True on {self.accelerator.num_processes} processes passes its result by a "
+                "file beside those of the data set, and this one is in memory: save it with save_to_disk and load it "
+                "with load_from_disk (with datasets.enable_caching()), or set precompute_ref_log_probs=False"
+            )
+        # TRL asks for the truth of its reference, which a compiled module does not have.
+        reference, self.ref_model = self.ref_model, getattr(self.ref_model, "_orig_mod", self.ref_model)
+        try:
+            return super()._precompute_ref_logps(dataset, *args, **kwargs)
+        finally:
+            self.ref_model = reference
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """TRL's, of log-probabilities that no engine has rounded."""
+        return super().compute_ref_log_probs(functools.partial(run_fused, model), inputs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Also counts what the step's divergence is a mean over: `pair_counts`, over micro-batches and processes."""
@@ -176,10 +246,35 @@ class TRLDaDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's; for caches without what it does to text and to missing reference log-probabilities."""
-        if isinstance(eval_dataset, PairDataset):
-            _check_dataset("eval_dataset", eval_dataset, self.args)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        for name, data in named_sets(eval_dataset=eval_dataset).items():
+            _check_dataset(name, data, self.args, self._ref_model_given)
+        if isinstance(eval_dataset, dict) or _is_cache(eval_dataset):  # of a dictionary, transformers evaluates each
             return super(DPOTrainer, self).evaluate(as_trl_dataset(eval_dataset), *args, **kwargs)
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, also of caches; without predictions, which would be incomplete.
+
+        Raises:
+            ValueError: `prediction_loss_only=False`.
+        """
+        if not self.args.prediction_loss_only:
+            raise ValueError(
+                "predict() would return logits of 2 rows per pair, of which transformers drops some, as if there were "
+                "one: call evaluate(), or set prediction_loss_only=True"
+            )
+        _check_dataset("test_dataset", test_dataset, self.args, self._ref_model_given)
+        output = super().predict(as_trl_dataset(test_dataset), *args, **kwargs)
+        self._metrics["eval"].clear()  # the next evaluation would average over them too
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The parent's, which would give a set of its own the last one's loader if workers are persistent."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """TRL's; but under DeepSpeed log-probabilities are not rounded to the compute dtype."""
@@ -240,7 +335,7 @@ class TRLDaDPOTrainer(DPOTrainer):
         mask = inputs["completion_mask"]
         if self.args.beta == 0:
             reference = torch.zeros(2, len(mask) // 2, device=mask.device)
-        elif "ref_chosen_logps" in inputs:
+        elif "ref_chosen_logps" in inputs and (self.precompute_ref_logps or not self._ref_model_given):
             reference = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         elif self.ref_model is None and not is_peft_model(self.model):
             raise ValueError(
@@ -248,8 +343,8 @@ class TRLDaDPOTrainer(DPOTrainer):
                 "`dadpo reference` on the cache, or pass ref_model"
             )
         else:
-            run = functools.partial(run_fused, self.ref_model or self.model)
-            reference = torch.stack(self.compute_ref_log_probs(run, inputs))
+            model = self.model if self.ref_model is None else self.ref_model
+            reference = torch.stack(self.compute_ref_log_probs(model, inputs))
         if teacher is not None and self.args.beta_teacher:
             teacher_logps = _answer_logps(teacher, _aligned(mask), self.ld_alpha).view(2, -1)
             reference = (self.args.beta * reference + self.args.beta_teacher * teacher_logps) / self.beta
@@ -306,17 +401,52 @@ def _answer_logps(teacher: TeacherTargets, mask: Tensor, ld_alpha: float | None)
     return teacher.answer_logps(mask > 0)
 
 
-def _check_dataset(name: str, data: Any, args: TRLDaDPOConfig) -> None:
-    """What can be known of a cache before the first batch."""
-    if not isinstance(data, PairDataset):
+def _is_cache(data: Any) -> bool:
+    return cached_pairs(data) is not None
+
+
+def _columns(data: Any) -> Any:
+    return getattr(data, "column_names", None) or next(iter(data), ())  # streams may not know them
+
+
+def _has_reference(data: Any) -> bool:
+    pairs = cached_pairs(data)
+    return "ref_chosen_logps" in _columns(data) if pairs is None else pairs.has_reference
+
+
+def _check_dataset(name: str, data: Any, args: TRLDaDPOConfig, ref_model_given: bool) -> None:
+    """What can be known of a data set before the first batch."""
+    pairs = cached_pairs(data)
+    # Where the reference comes from.
+    if args.beta and _has_reference(data):
+        if ref_model_given:
+            raise ValueError(
+                f"{name} has reference log-probabilities, and ref_model would compute others: leave ref_model out, or "
+                "remove those of the data (text: columns ref_chosen_logps and ref_rejected_logps; a cache: its "
+                "directory `reference`)"
+            )
+        if pairs is None and not args.precompute_ref_log_probs:
+            raise ValueError(
+                f"{name} has reference log-probabilities, and precompute_ref_log_probs=False asks for a model's: set "
+                "it to True to use the data's, or remove the columns ref_chosen_logps and ref_rejected_logps"
+            )
+    # The order.
+    lengths = pairs is None and not args.remove_unused_columns and args.length_column_name in _columns(data)
+    if args.train_sampling_strategy in _BY_LENGTH and not lengths:
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} needs lengths, and {name} has none: choose "
+            f"'random', or give text a column {args.length_column_name!r} and set remove_unused_columns=False"
+        )
+    # What a cache cannot be made into.
+    if pairs is None:
         return
-    captured = data.manifest.settings["max_length"]
+    captured = pairs.manifest.settings["max_length"]
     if args.max_length is not None and (captured is None or captured > args.max_length):
         raise ValueError(
             f"{name} was captured with max_length={captured} and args have max_length={args.max_length}: a cache is "
             "used as it is. Set max_length=None, or capture again with a smaller one"
         )
-    if args.ld_alpha not in (None, 1.0) and args.beta and data.has_reference:
+    if args.ld_alpha not in (None, 1.0) and args.beta and pairs.has_reference:
         raise ValueError(
             f"ld_alpha={args.ld_alpha} weighs the reference's tokens, and the reference log-probabilities of {name} "
             "are sums over whole answers: leave ld_alpha at None, or use a cache without them and a reference model"
