@@ -264,6 +264,29 @@ class TestMatrix:
             assert got == pytest.approx(losses(want), rel=1e-3)
 
 
+@pytest.mark.parametrize("generate", [False, True])
+def test_seq2seq_trainer_on_a_patched_model(generate, tmp_path):
+    """transformers' trainer that generates to evaluate, and rebuilds outputs by `type(x)(...)`."""
+    TOKENIZER.pad_token = TOKENIZER.eos_token
+    results = []
+    for ours in (True, False):
+        model = tiny_llama()
+        model.config.pad_token_id = model.generation_config.pad_token_id = 2
+        args = hf.Seq2SeqTrainingArguments(
+            str(tmp_path), predict_with_generate=generate, generation_max_length=14, use_cpu=True, report_to="none",
+            per_device_eval_batch_size=2, disable_tqdm=True,
+        )  # fmt: skip
+        collator = hf.DataCollatorForSeq2Seq(TOKENIZER, padding=True)
+        t = hf.Seq2SeqTrainer(patch(model) if ours else model, args, collator, processing_class=TOKENIZER)
+        results.append((t.evaluate(ROWS)["eval_loss"], t.predict(ROWS).predictions))
+    (loss, predictions), (want_loss, want) = results
+    assert loss == pytest.approx(want_loss, rel=1e-5)
+    if generate:
+        assert (predictions == want).all()
+    else:
+        assert predictions.shape == want.shape[:2]
+
+
 def rank_losses(kind: str, cache: str, out: str) -> list[float]:
     t = trainer(kind, True, Path(cache), Path(out), per_device_train_batch_size=3)
     t.train()
