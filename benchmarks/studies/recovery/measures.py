@@ -15,7 +15,8 @@ from dadpo_kernels import linear_selected_logps
 from dadpo_kernels.cache.pairs import IGNORE_INDEX, pad_pairs
 from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
 from dadpo_kernels.capture.pairs import tokenize_pairs
-from dadpo_kernels.models.lm_head import hidden_states, lm_head
+from dadpo_kernels.models.forward import hidden_states
+from dadpo_kernels.models.lm_head import lm_head
 from examples.quickstart.make_pairs import whole_sentences
 
 BATCH = 8
