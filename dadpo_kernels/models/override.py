@@ -66,7 +66,7 @@ def _overridden(cls: type) -> type:
             state.pop("_original_forward", None)
         cls.__setstate__(self, state)  # type: ignore[attr-defined]
 
-    forward.overrides = cls.forward  # type: ignore[attr-defined]
+    forward.overridden = cls  # type: ignore[attr-defined]
     # Trainers and `generate` read the signature. No `__wrapped__`, which `functools.wraps` would set: accelerate
     # follows it to remove its own wrapper, and would remove the override.
     forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -83,7 +83,9 @@ def _new(cls: type) -> Any:
 def source(causal: Any) -> str:
     """The module that wrote the forward of an instance, behind an override."""
     function = _innermost(vars(causal).get(_BEHIND) or causal.forward)
-    return _innermost(getattr(function, "overrides", function)).__module__
+    if hasattr(function, "overridden"):
+        function = _innermost(function.overridden.forward)
+    return function.__module__
 
 
 def _innermost(forward: Callable[..., Any]) -> Callable[..., Any]:
