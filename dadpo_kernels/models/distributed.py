@@ -62,7 +62,7 @@ def check_head(model: nn.Module) -> None:
     """
     head = head_module(model)
     if isinstance(head.weight, DTensor):
-        if not any(isinstance(module, FSDPModule) for module in unwrap(model).modules()):
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):
             raise ValueError(
                 f"the LM head of {type(unwrap(model)).__name__} is sharded by tensor parallelism "
                 f"({head.weight.placements}): load the model without tp_plan, or compute the loss from hidden states "

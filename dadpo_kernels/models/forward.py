@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.head import Head
@@ -74,6 +75,8 @@ class HeadCall:
 def replaced_head(causal: Any, of_head: OfHead) -> Iterator[HeadCall]:
     """For forwards of `causal` inside: `of_head(hidden, lm_head(causal))` is computed instead of logits."""
     head = head_module(causal)
+    if isinstance(getattr(vars(head).get("forward"), "__self__", None), HeadCall):
+        raise RuntimeError(f"two threads run the same {type(causal).__name__}: give each a copy")
     call = HeadCall(causal, head, of_head)
     with ExitStack() as stack:
         stack.enter_context(attribute(head, "forward", call.forward))
@@ -99,7 +102,7 @@ def of_head_in_forward(
     def forward() -> tuple[Tensor, ...]:
         # The model's hooks run around this function already; those of a model inside PEFT's do not.
         module = causal.forward if causal is model else causal
-        with replaced_head(causal, of_head) as call:
+        with replaced_head(causal, _at_every_position(inputs["input_ids"], of_head)) as call:
             outputs.append(module(**{"use_cache": False, **inputs, "return_dict": True}))
         call.check(outputs[0].logits)
         outputs.append(call.values)
@@ -114,7 +117,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *
     """The last hidden states `[B, T, H]` of a causal LM, in its dtype: what its head would be applied to.
 
     Differentiable. The model's own forward runs, without its head, so that they are right for families that scale or
-    transform hidden states in front of the head. A DistributedDataParallel's forward runs too, for its hooks.
+    transform hidden states in front of the head. A DistributedDataParallel's forward runs too where gradients are
+    wanted, so that they are reduced: all ranks call this then.
 
     Args:
         model: as `lm_head` takes it.
@@ -123,13 +127,40 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *
         kwargs: further arguments of the model's forward.
 
     Raises:
-        TypeError, ValueError: a head that `lm_head` refuses, or logits that are not what it says.
+        TypeError, ValueError: a head that `lm_head` refuses, or logits that are not what it says; a head that is not
+            applied to every position; DistributedDataParallel with find_unused_parameters.
     """
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **kwargs}
+    causal = unwrap(model)
     ddp = next((w for w in wrappers(model) if isinstance(w, DistributedDataParallel)), None)
-    wrapped, inner = (unwrap(model),) * 2 if ddp is None else (ddp, ddp.module)
-    (hidden,), _ = of_head_in_forward(wrapped, inner, inputs, lambda hidden, head: (hidden,))
-    return hidden
+    if ddp is not None and torch.is_grad_enabled():
+        if ddp.find_unused_parameters:
+            raise ValueError(
+                "hidden_states(ddp_model) with find_unused_parameters=True: the wrapper would count the head as "
+                "unused, since the loss comes later; set it to False, or compute the loss with loss_in_forward"
+            )
+        return of_head_in_forward(ddp, ddp.module, inputs, _hidden)[0][0]
+    if isinstance(causal, FSDPModule):  # its hooks must see the hidden states leave it
+        return of_head_in_forward(causal, causal, inputs, _hidden)[0][0]
+    with replaced_head(causal, _at_every_position(input_ids, _hidden)) as call:
+        call.check(causal(**inputs, return_dict=True).logits)
+    return call.values[0]
+
+
+def _hidden(hidden: Tensor, head: Head) -> tuple[Tensor]:
+    return (hidden,)
+
+
+def _at_every_position(input_ids: Tensor, of_head: OfHead) -> OfHead:
+    def checked(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
+        if hidden.shape[:-1] != input_ids.shape:
+            raise ValueError(
+                f"input_ids have shape {list(input_ids.shape)} and the model applies its head to "
+                f"{list(hidden.shape)} when it is given no labels: every position is needed"
+            )
+        return of_head(hidden, head)
+
+    return checked
 
 
 def unrounded(hooked: Tensor, exact: Tensor) -> Tensor:

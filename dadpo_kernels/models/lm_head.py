@@ -14,6 +14,7 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Coh
 _DIVISOR = "logits_scaling"  # Granite
 _DIVISOR_MULTIPLIES = ("hyperclovax",)  # the one family that multiplies by its `logits_scaling`
 _DIVIDES_HIDDEN_STATES = ("minicpm3",)  # the one family that does so before its head
+_PLAIN = ("Parameter", "Tensor", "DTensor", "FakeTensor")  # other kinds of tensors hold quantised values
 _UNPADDED = "unpadded_vocab_size"  # Inkling: the logits behind it are cut off
 
 
@@ -51,7 +52,7 @@ def head_module(model: nn.Module) -> nn.Module:
     """The module that the model calls for its logits, with the parameters of `lm_head`; raises as it does."""
     causal = unwrap(model)
     name = type(causal).__name__
-    if not hasattr(causal, "config"):
+    if not hasattr(getattr(causal, "config", None), "get_text_config"):
         raise TypeError(f"{name} is not a model of transformers: pass head weights to the losses yourself")
     if causal.config.is_encoder_decoder or causal.config.get_text_config().is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder: only decoder-only models are supported")
@@ -84,9 +85,9 @@ def check_lm_head(model: nn.Module) -> None:
     """
     module, head = head_module(model), lm_head(model)
     name, weight = type(unwrap(model)).__name__, head.weight
-    hidden = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.autocast(weight.device.type, enabled=False):
-        of_module = module(hidden)[:, : len(weight)].float()
+        of_module = module(hidden)[..., : len(weight)].float()
         logits = nn.functional.linear(hidden, weight, head.bias).float()
     if not of_module.isfinite().all():
         raise ValueError(f"the LM head of {name} gives NaN or infinite logits: check its weights")
@@ -131,7 +132,7 @@ def _check_head(model: str, head: Any) -> None:
         )
     weight = getattr(head, "weight", None)
     kind = type(weight).__name__
-    if isinstance(weight, Tensor) and (kind not in ("Parameter", "Tensor", "DTensor") or weight.dtype not in FLOATS):
+    if isinstance(weight, Tensor) and (kind not in _PLAIN or weight.dtype not in FLOATS):
         raise ValueError(
             f"the LM head of {model} is quantised ({kind}, {weight.dtype}): exclude lm_head from the quantisation, or "
             "dequantise it (float8 with its scales)"

@@ -8,13 +8,9 @@ from torch.utils._pytree import arg_tree_leaves
 
 from ..ops.head import Head
 
-_PROBE = torch.tensor([-40.0, -5.0, -1.0, -0.1, 0.1, 1.0, 5.0, 40.0], dtype=torch.float64)
-_SAME_VALUES = (
-    torch.ops.aten._to_copy.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default,
-)
+_PROBE = torch.tensor([-6e4, -1234.5, -40.0, -5.0, -1.0, -0.1, 0.1, 1.0, 5.0, 40.0, 1234.5, 6e4], dtype=torch.float64)
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+_VIEWS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.slice.Tensor)
 
 
 class LogitsStandIn(Tensor):
@@ -27,6 +23,7 @@ class LogitsStandIn(Tensor):
 
     probe: Tensor
     model: str  # name of its class, for messages
+    shared: bool = False  # with a view: an operation in place would have to reach both
 
     @staticmethod
     def __new__(
@@ -46,6 +43,8 @@ class LogitsStandIn(Tensor):
         if torch.Tag.pointwise in func.tags and _with_numbers(args):
             probe = func(*(probe.clone() if x is logits else _number(x) for x in args), **kwargs).double()
             if func._schema.is_mutable:
+                if logits.shared:
+                    logits._refuse(func)
                 logits.probe = probe
                 return logits
         elif func is torch.ops.aten.slice.Tensor:
@@ -53,10 +52,13 @@ class LogitsStandIn(Tensor):
             if out.shape[:-1] != shape[:-1] or out.storage_offset() or out.stride(-1) != 1:
                 logits._refuse(func)
             shape = tuple(out.shape)
-        elif func not in _SAME_VALUES:
+        elif func not in _COPIES + _VIEWS:
             logits._refuse(func)
         dtype, device = kwargs.get("dtype") or logits.dtype, kwargs.get("device") or logits.device
-        return cls(shape, dtype, device, logits.model, probe)
+        new = cls(shape, dtype, device, logits.model, probe)
+        if func in _VIEWS:
+            logits.shared = new.shared = True
+        return new
 
     def _refuse(self, func: Any) -> NoReturn:
         raise ValueError(
@@ -92,7 +94,7 @@ def check_logits(logits: Any, head: Head, model: str) -> None:
 
 def _with_numbers(args: tuple) -> bool:
     """Whether the stand-in is the only operand that is no number."""
-    return sum(not isinstance(x, Tensor) or not x.dim() for x in args) == len(args) - 1
+    return sum(not isinstance(x, Tensor) or (x.numel() == 1 and x.dim() < 2) for x in args) == len(args) - 1
 
 
 def _number(x: Any) -> Any:

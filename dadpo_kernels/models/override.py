@@ -6,6 +6,7 @@ bound method up by its name and finds the class's, and accelerate puts an attrib
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -32,7 +33,10 @@ def override_forward(causal: Any, override: Override) -> None:
     attributes = vars(causal)
     if not hasattr(type(causal), _OVERRIDE):
         causal.__class__ = _overridden(type(causal))  # type: ignore[arg-type]
-    if "forward" in attributes and _innermost(attributes["forward"]) is not type(causal).forward:
+    bound = types.MethodType(type(causal).forward, causal)
+    if "_old_forward" in attributes:  # a hook of accelerate runs it, and puts it on the instance when it is removed
+        attributes["_old_forward"] = bound
+    elif "forward" in attributes and _innermost(attributes["forward"]) is not type(causal).forward:
         attributes[_BEHIND] = attributes.pop("forward")
         attributes.pop("_original_forward", None)  # what accelerate would put back in place of the override
     attributes[_OVERRIDE] = override
@@ -45,17 +49,19 @@ def _overridden(cls: type) -> type:
     positional = [n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= zip(positional, args)  # noqa: B905  # there may be fewer or more of them
         # The class's forward is looked up and bound at each call, so that a copy of the model runs its own layers.
         behind = vars(self).get(_BEHIND) or functools.partial(cls.forward, self)  # type: ignore[attr-defined]
-        behind = functools.partial(behind, *args[len(positional) :])
         override = vars(self).get(_OVERRIDE)
-        if override is not None and override.wants(kwargs):
-            return override(self, behind, kwargs)
-        return behind(**kwargs)
+        if override is not None and len(args) <= len(positional):
+            named = dict(zip(positional, args, strict=False)) | kwargs
+            if override.wants(named):
+                return override(self, behind, named)
+        elif override is not None and override.wants(kwargs):
+            return override(self, functools.partial(behind, *args), kwargs)
+        return behind(*args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> tuple:
-        return _new, (cls,), dict(vars(self))
+        return _new, (cls,), cls.__getstate__(self)  # type: ignore[call-arg]
 
     def set_state(self: Any, state: dict[str, Any]) -> None:
         # Pickle restores what accelerate put on the instance by its name, which is that of the override now.

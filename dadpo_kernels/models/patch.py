@@ -100,7 +100,7 @@ def patch(
             f"{package} has replaced the forward of {type(causal).__name__} and computes the loss without the head: "
             "use one of the two (do not apply its kernels for the loss: fused_linear_cross_entropy=False)"
         )
-    check_head(causal)
+    check_head(model)
     _check_loss_function(causal)
     override_forward(causal, override)
     return model
@@ -140,7 +140,8 @@ class _LossOfLabels:
         selecting = selecting_logps(causal, aligned, topk_ids, ignore_index, self.run)
         with selecting as call, attribute(causal, "_loss_function", loss_instead):
             output = forward(**kwargs)
-        call.check(output.logits)
+        if output.logits is not None or not losses:  # the loss has checked them
+            call.check(output.logits)
         if not losses:
             raise ValueError(
                 f"{name} computes its loss itself instead of calling its loss_function: compute the loss from "

@@ -230,6 +230,28 @@ def test_hidden_states_of_a_ddp_model_go_through_its_forward(lora):
             torch.testing.assert_close(first[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def other_uses_of_ddp() -> tuple[str, int]:
+    """One rank alone evaluates; unused parameters are looked for; FSDP2 of PEFT's wrapper."""
+    ddp = nn.parallel.DistributedDataParallel(tiny_llama(), find_unused_parameters=True)
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            assert hidden_states(ddp, IDS, torch.ones_like(IDS)).shape == (1, 8, 32)
+    message = ""
+    try:
+        hidden_states(ddp, IDS, torch.ones_like(IDS))
+    except ValueError as error:
+        message = str(error)
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    fully_shard(lora)
+    return message, patch(lora)(input_ids=IDS, labels=IDS).label_logps.numel()
+
+
+def test_other_uses_of_parallel_wrappers():
+    for message, numbers in run_ranks(2, other_uses_of_ddp):
+        assert "with find_unused_parameters=True: the wrapper would count the head as unused" in message
+        assert numbers == 8
+
+
 @pytest.mark.parametrize(("backend", "tolerance"), [("cpu", None), ("cpu", 1e-2), ("torch", None)])
 def test_weight_that_a_wrapper_freed_is_an_error(backend, tolerance):
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)

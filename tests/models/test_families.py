@@ -144,16 +144,15 @@ def assert_close(got: dict, want: dict) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_family(name):
+    if name in NOT_BUILT:
+        pytest.skip("no tiny configuration from SIZES")
     try:
         with warnings.catch_warnings(action="ignore"):
             model = build(CONFIGS[name])
             patched, fused = copy.deepcopy(model), copy.deepcopy(model)
             unpatched = model(**BATCH)
     except Exception as error:
-        if name not in NOT_BUILT:
-            pytest.fail(f"cannot be built: {error}")
-        pytest.skip(f"no tiny configuration: {error}")
-    assert name not in NOT_BUILT
+        pytest.fail(f"cannot be built: {error}")
 
     # The model's own loss, and the log-probabilities of its logits.
     logps = unpatched.logits.float().log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]

@@ -8,6 +8,9 @@ from torch import nn
 
 from dadpo_kernels.models.forward import hidden_states
 from dadpo_kernels.models.lm_head import check_lm_head, lm_head, unwrap
+from dadpo_kernels.models.patch import patch
+from dadpo_kernels.ops.run import Run
+from dadpo_kernels.train.trl.head import add_fused_lm_head
 from tests.support.tiny import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,9 +154,14 @@ def test_what_a_model_does_to_its_logits_must_be_what_its_configuration_says():
     model = tiny_llama()
     forward = model.forward
     for change, message in [
-        (lambda z: z * 1.5, "-40 -> -60.*scale 1, softcap None"),
+        (lambda z: z * 1.5, "-40 -> -60,.*scale 1, softcap None"),
         (lambda z: torch.tanh(z / 3) * 3, "-40 -> -3,"),
         (lambda z: z + 1, "-40 -> -39"),
+        (lambda z: z.clamp(-50, 50), "1234.5 -> 50"),
+        (lambda z: (z[..., :3].sub_(1e4), z)[1], r"reads its logits \(aten.sub_.Tensor\)"),
+        (lambda z: (z.data.div_(2.0), z)[1], r"reads its logits \(aten.div_.Tensor\)"),
+        (lambda z: (z.detach().mul_(0.5), z)[1], r"reads its logits \(aten.mul_.Tensor\)"),
+        (lambda z: (z[..., :320], z.mul_(2))[0], r"reads its logits \(aten.mul_.Tensor\)"),
         (lambda z: z - z.max(), r"reads its logits \(aten.max.default\)"),
         (lambda z: z[..., :300], "uses 300 logits per token.* has 320"),
         (lambda z: z * nn.Parameter(torch.tensor(1.0)), "parameter that is trained"),
@@ -162,6 +170,9 @@ def test_what_a_model_does_to_its_logits_must_be_what_its_configuration_says():
         model.forward = lambda change=change, **kw: (out := forward(**kw)).__class__(logits=change(out.logits))
         with pytest.raises(ValueError, match=message):
             hidden_states(model, IDS, torch.ones_like(IDS))
+    for same in (lambda z: z * torch.ones(1), lambda z: z.mul_(2).div_(2), lambda z: z.float().clone()[..., :320]):
+        model.forward = lambda same=same, **kw: (out := forward(**kw)).__class__(logits=same(out.logits))
+        assert hidden_states(model, IDS, torch.ones_like(IDS)).abs().max() > 0.1
     model.forward = lambda **kw: forward(**kw)
     assert hidden_states(model, IDS, torch.ones_like(IDS)).abs().max() > 0.1
 
@@ -170,6 +181,8 @@ def test_the_heads_own_product_is_checked_without_running_the_body():
     model = tiny_llama()
     model.model.forward = None
     check_lm_head(model)
+    patch(model)
+    add_fused_lm_head(model, token_metrics=False, run=Run())
     hook = model.lm_head.register_forward_hook(lambda module, args, out: out * 1.5)
     with pytest.raises(ValueError, match="does not give hidden @"):
         check_lm_head(model)

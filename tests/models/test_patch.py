@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import nn
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
 from dadpo_kernels import live_diagnostics
 from dadpo_kernels.models.forward import hidden_states
@@ -436,6 +438,65 @@ def test_a_patch_outlives_pickles_copies_and_accelerate(fresh_accelerate, mixed_
     if patch_first:
         torch.testing.assert_close(bare(input_ids=ids, labels=ids).loss, exact)
     assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
+
+
+def test_a_patch_outlives_the_hooks_of_a_device_map():
+    """PEFT removes them where a model is offloaded."""
+    ids = torch.randint(3, 300, (2, 9))
+    model = accelerate.dispatch_model(tiny_llama(), {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
+    want = model(input_ids=ids, labels=ids).loss
+    patch(patch(model))
+    assert vars(model)["_hf_hook"] is not None
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, want)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert "label_logps" in model(input_ids=ids, labels=ids)
+
+
+class StarArguments(hf.LlamaForCausalLM):
+    def forward(self, input_ids, *args, **kwargs):
+        return super().forward(input_ids, *args, **kwargs)
+
+
+def test_positional_arguments_reach_the_model_as_they_came():
+    model, ids = patch(StarArguments(tiny_llama().config)), torch.randint(3, 300, (2, 9))
+    mask = torch.ones_like(ids)
+    assert model(ids, mask).logits.shape == (2, 9, 320)
+    assert "label_logps" in model(ids, mask, labels=ids)
+    with pytest.raises(TypeError, match="multiple values"):
+        patch(tiny_llama())(ids, input_ids=ids)
+
+
+class LossOnly(hf.LlamaForCausalLM):
+    def forward(self, *args, labels=None, **kwargs):
+        out = super().forward(*args, labels=labels, **kwargs)
+        return out if labels is None else hf.modeling_outputs.CausalLMOutputWithPast(loss=out.loss)
+
+
+def test_a_model_that_returns_no_logits_beside_its_loss():
+    model, ids = LossOnly(tiny_llama().config), torch.randint(3, 300, (2, 9))
+    want = model(ids, labels=ids).loss
+    torch.testing.assert_close(patch(model)(ids, labels=ids).loss, want)
+
+
+class LastPosition(hf.LlamaForCausalLM):
+    def forward(self, input_ids, labels=None, **kwargs):
+        return super().forward(input_ids, labels=labels, logits_to_keep=0 if labels is not None else 1, **kwargs)
+
+
+def test_a_head_at_the_last_position_only_gives_no_hidden_states():
+    model, ids = LastPosition(tiny_llama().config), torch.randint(3, 300, (2, 9))
+    with pytest.raises(
+        ValueError, match=r"input_ids have shape \[2, 9\] and the model applies its head to \[2, 1, 32\]"
+    ):
+        hidden_states(model, ids, torch.ones_like(ids))
+    want = model(ids, labels=ids).loss
+    torch.testing.assert_close(patch(model)(ids, labels=ids).loss, want)
+
+
+def test_the_text_model_of_mllama():
+    config = MllamaTextConfig(**SMALL, cross_attention_layers=[])
+    torch.manual_seed(0)
+    assert_same(MllamaForCausalLM(config).eval(), 1e-5, **batch())
 
 
 def test_saved_weights_name_the_models_class(tmp_path):

@@ -65,11 +65,11 @@ class _FusedHead:
     run: Run
 
     def wants(self, kwargs: dict[str, Any]) -> bool:
-        return kwargs.pop("fused_lm_head", False)
+        return kwargs.get("fused_lm_head", False)
 
     @torch.compiler.disable(recursive=False)  # compiled is the model's body
     def __call__(self, causal: Any, forward: Callable[..., Any], kwargs: dict[str, Any]) -> FusedSelectedOutput:
-        kwargs = dict(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "fused_lm_head"}
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         num_items, topk_ids = kwargs.pop("num_items_in_batch", None), kwargs.pop("topk_ids", None)
         aligned = shifted(labels) if shift_labels is None else shift_labels
