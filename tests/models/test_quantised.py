@@ -82,7 +82,7 @@ def test_no_check_runs_a_quantised_body(checkpoint, prepare):
 
 
 class Quantised(torch.Tensor):
-    """As torchao's: a subclass that claims a float dtype."""
+    """As torchao's: a subclass that claims a float dtype, and raises for the operations that it lacks."""
 
     @staticmethod
     def __new__(cls, data):
