@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; None takes that of the process.
 
     Returns:
-        0 for success, 1 for an error or a negative result, 130 for Ctrl-C.
+        0 for success, 1 for a negative result (a damaged cache, a loss that does not fit into memory), 2 for an
+        error, whose message is one line, and 130 for Ctrl-C.
 
     Raises:
         SystemExit: argparse exits with status 2 for wrong usage and 0 after `--help`.
@@ -62,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         print(f"dadpo {args.command}: {_message(error)}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("dadpo_kernels"):
         return f"the package {error.name!r} is missing: pip install 'dadpo-kernels[train]'"
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -216,7 +216,7 @@ def test_the_command(vllm, tmp_path, expected, capsys, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(record) for record in chat_records(8)))
     arguments = ["teacher", "--model", tmp_path / "teacher", "--data", tmp_path / "pairs.jsonl", "--out",
                  tmp_path / "cache", "--k", K, "--max-length", 60, "--server", vllm.url + "/v1/"]  # fmt: skip
-    assert main([*map(str, arguments), "--api-key-env", "NOT_SET"]) == 1
+    assert main([*map(str, arguments), "--api-key-env", "NOT_SET"]) == 2
     assert "NOT_SET is not set" in capsys.readouterr().err
     monkeypatch.setenv("A_KEY", "key")
     assert main([*map(str, arguments), "--api-key-env", "A_KEY"]) == 0

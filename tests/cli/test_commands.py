@@ -81,7 +81,7 @@ def test_both_in_one_run_and_a_second_run_does_nothing(files, tmp_path):
 
 def test_errors_are_one_message_without_a_traceback(files, tmp_path, capsys):
     assert capture(files, tmp_path) == 0
-    assert capture(files, tmp_path, "--limit", "3") == 1
+    assert capture(files, tmp_path, "--limit", "3") == 2
     error = capsys.readouterr().err
     assert "dadpo teacher: " in error
     assert "pairs was 8 and is 3 now" in error
@@ -89,7 +89,7 @@ def test_errors_are_one_message_without_a_traceback(files, tmp_path, capsys):
     with pytest.raises(ValueError, match="pairs was 8"):
         main(["--traceback", "teacher", "--model", str(files / "teacher"), "--data", str(files / "pairs.jsonl"),
               "--out", str(tmp_path), "--k", "4", "--limit", "3"])  # fmt: skip
-    assert main(["reference", "--model", str(files / "student"), "--cache", str(files)]) == 1
+    assert main(["reference", "--model", str(files / "student"), "--cache", str(files)]) == 2
     assert "is not a teacher cache" in capsys.readouterr().err
 
 
@@ -104,7 +104,7 @@ def test_missing_extras_are_named(files, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("dadpo_kernels.cache.", "dadpo_kernels.capture."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    assert capture(files, tmp_path) == 1
+    assert capture(files, tmp_path) == 2
     assert "'pyarrow' is missing: pip install 'dadpo-kernels[train]'" in capsys.readouterr().err
 
 

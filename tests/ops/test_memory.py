@@ -120,7 +120,7 @@ def test_memory_command(capsys):
     assert main(["memory", *shape, "--grad-tolerance", "1e-3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[1] for line in lines[3:]} == {"live"}
-    assert main(["memory", *shape, "--grad-tolerance", "2"]) == 1
+    assert main(["memory", *shape, "--grad-tolerance", "2"]) == 2
     assert "grad_tolerance=2.0 must lie in (0, 1)" in capsys.readouterr().err
 
     assert main(["memory", *shape, "--memory", "1MiB"]) == 1

@@ -325,7 +325,7 @@ def test_configuration_is_checked(config, capsys):
     config.write_text(text)
     with pytest.raises(ValueError, match="did you mean 'beta_ref'"):
         parse_config(config, ["--beta_rf", "1"])
-    assert main(["train", str(config), "--loss_typ", "ipo"]) == 1
+    assert main(["train", str(config), "--loss_typ", "ipo"]) == 2
     assert "did you mean 'loss_type'" in capsys.readouterr().err
 
 
