@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dadpo_kernels.cache.errors import CacheSettingsError
+from dadpo_kernels.capture.forms import as_pair
 from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
 from dadpo_kernels.capture.pairs import read_pairs, read_prompts, tokenize_pairs
-from dadpo_kernels.capture.sources import as_pair
 from dadpo_kernels.cli.main import main
 from tests.capture.test_local import processes  # noqa: F401  # a fixture
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
@@ -51,7 +51,7 @@ WHOLE = {"chosen": [user("a"), assistant("good")], "rejected": [user("a"), assis
             {"prompt": "say a", "chosen": " good", "rejected": " bad"},
         ),
         ({"chosen": "say good", "rejected": "say get"}, {"prompt": "say g", "chosen": "ood", "rejected": "et"}),
-        ({**CHAT, "tools": "[]", "x": 1}, {**CHAT, "tools": "[]"}),
+        ({**CHAT, "tools": '[{"name": "f"}]', "x": 1}, {**CHAT, "tools": [{"name": "f"}]}),
         ({**CHAT, "prompt": [{**user("a"), "tool_calls": None}]}, CHAT),  # as Parquet fills a column of messages
         (
             {"prompt": "a", "chosen": WHOLE["chosen"], "rejected": WHOLE["chosen"]},
@@ -67,7 +67,7 @@ def test_forms(record, expected):
     ("record", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, "line 3: missing rejected"),
-        ("text", "line 3: missing chosen, rejected"),
+        ("text", "line 3: a str is not an object"),
         ({**WHOLE, "prompt": "other"}, "none of the messages that chosen and rejected share is the prompt"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "there is no prompt"),
         ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
