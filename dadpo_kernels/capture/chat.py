@@ -1,11 +1,14 @@
 """Renders conversations with a tokenizer's chat template."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime, time
+from datetime import date
 from typing import Any
 
 from .messages import check_template_kwargs
+
+_DATE = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 
 
 class ChatTemplate:
@@ -19,7 +22,8 @@ class ChatTemplate:
             capture that goes on after midnight must get the date of its beginning.
 
     Raises:
-        ValueError: the template does not use a variable, or a name is an argument of `apply_chat_template` itself.
+        ValueError: the template does not use a variable, a name is an argument of `apply_chat_template` itself, or the
+            date's format is no text in the template.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, today: date | None = None) -> None:
@@ -28,9 +32,14 @@ class ChatTemplate:
         self._today = today or date.today()
         self.asked_for_date = False
         check_template_kwargs("chat_template_kwargs", self._kwargs)
-        template = str(tokenizer.chat_template)
-        if unknown := [name for name in self._kwargs if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        text = str(tokenizer.chat_template)
+        if unknown := [name for name in self._kwargs if not re.search(rf"\b{re.escape(name)}\b", text)]:
             raise ValueError(f"the chat template does not use {', '.join(unknown)}: see its text for its variables")
+        if re.search(r"strftime_now\s*\(", _DATE.sub("", text)):
+            raise ValueError(
+                "the chat template asks for the date in a format that is no text, so that it would change every day: "
+                "give a template with a fixed date, with --chat-template (tokenizer.chat_template)"
+            )
 
     @property
     def today(self) -> str | None:
@@ -56,10 +65,12 @@ class ChatTemplate:
                 f"{where}: it is a conversation, and the tokenizer has no chat template: use an instruction-tuned "
                 "model, give a template with --chat-template (tokenizer.chat_template), or give strings"
             )
-        variables = {"strftime_now": self._strftime, **self._kwargs, **record.get("chat_template_kwargs", {})}
+        tools, variables = record.get("tools"), {**self._kwargs, **record.get("chat_template_kwargs", {})}
         try:
+            text, dates = _DATE.subn(self._date, self._tokenizer.get_chat_template(tools=tools))
+            self.asked_for_date |= dates > 0
             return self._tokenizer.apply_chat_template(
-                messages, tools=record.get("tools"), return_dict=False, **variables, **options
+                messages, tools=tools, chat_template=text, return_dict=False, **variables, **options
             )
         except Exception as error:  # a template is a program of the tokenizer's author
             words = " ".join(str(error).split())
@@ -68,6 +79,5 @@ class ChatTemplate:
                 "template: --chat-template, --chat-template-kwargs"
             ) from None
 
-    def _strftime(self, form: str) -> str:
-        self.asked_for_date = True
-        return datetime.combine(self._today, time()).strftime(form)
+    def _date(self, call: re.Match) -> str:
+        return json.dumps(self._today.strftime(call[1] or call[2] or ""))

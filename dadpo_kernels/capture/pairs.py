@@ -287,6 +287,6 @@ def _text(parts: list[str], tokenizer: Any, notes: Counter[str]) -> list[list[in
         notes[_SECOND_BOS] += 1
         prompt = prompt.removeprefix(bos)
         ids = tokenizer(prompt)["input_ids"]
-    ends = tuple(filter(None, tokenizer.all_special_tokens))
+    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     closed = [answer if answer.rstrip().endswith(ends) else answer + eos for answer in answers]
     return [ids] + [tokenizer(prompt + answer)["input_ids"] for answer in closed]
