@@ -32,13 +32,13 @@ def positions(name: str, *, revision: str | None = None, gguf_file: str | None =
 
 @contextlib.contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Errors of any class that damaged files cause (of safetensors and tokenizers, for example) as ValueError."""
+    """A ValueError that begins with `what` for errors of any class that missing and damaged files cause."""
     try:
         yield
-    except (ImportError, OSError, ValueError):
+    except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {error}): copy its files again") from error
+        raise ValueError(f"{what} cannot be loaded ({type(error).__name__}): {error}") from error
 
 
 def load_model(
@@ -62,7 +62,7 @@ def load_model(
             accelerator of the local rank if several processes run on this node; the CPU if there is no accelerator.
 
     Raises:
-        OSError, ValueError: there is no such model or device, or its files are damaged.
+        ValueError: there is no such model or device, or its files are damaged.
     """
     if device == "auto":
         device = _local_device()

@@ -1,11 +1,12 @@
 """Arguments of the commands that read pairs: where they are, what to do with a bad one, and the chat template."""
 
 import argparse
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .values import at_least, json_object, renames
 
 if TYPE_CHECKING:
     from ..capture.chat import ChatTemplate
@@ -13,43 +14,6 @@ if TYPE_CHECKING:
 
 SOURCE = "JSON, JSONL or Parquet file, or a set for `datasets` as NAME:SPLIT or NAME:CONFIG:SPLIT"
 _LISTED = 10  # refused records that are printed
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A parser of integers that are not below `least`."""
-
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return integer
-
-
-def renames(text: str) -> dict[str, str]:
-    """`{"prompt": "question"}` from `prompt=question`, several separated by commas."""
-    parts = [part.split("=", 1) for part in text.split(",")]
-    if not all(len(part) == 2 and part[0] for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=COLUMN, several separated by commas")
-    columns = {name.strip(): column.strip() for name, column in parts}
-    if [name for name, column in columns.items() if not column and name != "prompt"] or len(columns) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: each name needs one column (only prompt can have none)")
-    return columns
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The object in a JSON text."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"""{text!r} is not an object, as '{{"enable_thinking": false}}'""")
-    return value
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

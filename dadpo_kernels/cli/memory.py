@@ -1,25 +1,19 @@
 """Shows which plan of the loss fits into memory, and what it costs in matrix products."""
 
 import argparse
-import re
 
-UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+from .values import at_least, size
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def size(text: str) -> int:
-    """The number of bytes in `24GiB`, `24G`, `512m` or `1000`. Raises argparse.ArgumentTypeError for other texts."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it as 24GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vocab", type=int, required=True, help="vocabulary size V")
-    parser.add_argument("--hidden", type=int, required=True, help="hidden size H")
-    parser.add_argument("--tokens", type=int, required=True, help="answer tokens of a micro-batch")
-    parser.add_argument("--k", type=int, default=64, help="number of the teacher's top-k ids per token (default 64)")
+    parser.add_argument("--vocab", type=at_least(1), required=True, help="vocabulary size V")
+    parser.add_argument("--hidden", type=at_least(1), required=True, help="hidden size H")
+    parser.add_argument("--tokens", type=at_least(1), required=True, help="answer tokens of a micro-batch")
+    parser.add_argument(
+        "--k", type=at_least(0), default=64, help="number of the teacher's top-k ids per token (default 64)"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="dtype of hidden states and LM head (default %(default)s)"
     )

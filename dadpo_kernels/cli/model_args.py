@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .values import at_least
+
 if TYPE_CHECKING:
     from ..cache.shards import Manifest
 
@@ -56,14 +58,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-tokens",
-        type=int,
+        type=at_least(1),
         default=4096,
         metavar="N",
         help="padded tokens per forward pass; lower it if memory runs out (default %(default)s)",
     )
     parser.add_argument(
         "--shard-tokens",
-        type=int,
+        type=at_least(1),
         default=65536,
         metavar="N",
         help="answer tokens per file, which is the most that an interruption can lose (default %(default)s)",

@@ -7,7 +7,8 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from .data_args import SOURCE, add_data_arguments, at_least, print_changes, read
+from .data_args import SOURCE, add_data_arguments, print_changes, read
+from .values import at_least
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

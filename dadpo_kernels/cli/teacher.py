@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .data_args import add_data_arguments, add_template_arguments, at_least, chat_template, print_changes, read
+from .data_args import add_data_arguments, add_template_arguments, chat_template, print_changes, read
 from .model_args import (
     add_capture_arguments,
     add_model_arguments,
@@ -17,6 +17,7 @@ from .model_args import (
     load,
     print_summary,
 )
+from .values import at_least
 
 _MAX_LENGTH = 2048
 
