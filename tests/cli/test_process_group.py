@@ -33,7 +33,7 @@ def command_that_joins(tmp_path, error):
     return run
 
 
-@pytest.mark.parametrize(("error", "status"), [(None, 0), (ValueError, 1), (KeyboardInterrupt, 130)])
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (ValueError, 2), (KeyboardInterrupt, 130)])
 def test_a_command_ends_its_group(tmp_path, monkeypatch, error, status):
     monkeypatch.setattr(doctor, "run", command_that_joins(tmp_path, error))
     assert main(["doctor"]) == status
@@ -129,4 +129,4 @@ def test_a_capture_that_fails_in_one_process(tmp_path, processes, one_thread):  
     started = [processes.Process(target=teacher_command, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in started:
         process.start()
-    assert finished(started) == [1, 1]
+    assert finished(started) == [1, 2]
