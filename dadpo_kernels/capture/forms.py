@@ -178,14 +178,15 @@ def _question(where: str, record: Record) -> tuple[list[str], Any]:
 
 def _front(where: str, record: Record) -> list[Record]:
     """The messages before the question: `system`, and `history` as pairs of question and answer."""
-    system, history = record.get("system"), record.get("history") or []
-    messages = _said("system", content(where, "system", system)) if system else []
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+    system, history = content(where, "system", record.get("system")), record.get("history") or []
+    turns = [turn for turn in history if isinstance(turn, list)] if isinstance(history, list) else []
+    if turns != history or not all(len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in turns):
         raise ValueError(f"{where}: history is {str(history)[:40]!r}: a list of [question, answer] is needed")
-    for turn in history:
-        for role, said in zip(("user", "assistant"), turn, strict=True):
-            messages += _said(role, content(where, "history", said))
-    return messages
+    if isinstance(system, list):
+        raise ValueError(f"{where}: system is a list: a string is needed")
+    said = [("system", system)] if system else []
+    said += [part for turn in turns for part in zip(("user", "assistant"), turn, strict=True)]
+    return [message for role, text in said for message in _said(role, content(where, "history", text))]
 
 
 def _said(role: str, text: Any) -> Any:
@@ -209,8 +210,8 @@ def _sharegpt(where: str, record: Record, notes: Counter) -> Record:
         for turn in [value] if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if not isinstance(turn, dict) or "from" not in turn:
                 messages.append(turn)
-            elif turn["from"] in _SHAREGPT_ROLES:
-                messages.append({"role": _SHAREGPT_ROLES[turn["from"]], "content": turn.get("value")})
+            elif (role := _SHAREGPT_ROLES.get(str(turn["from"]))) is not None:
+                messages.append({"role": role, "content": turn.get("value")})
             else:
                 raise ValueError(
                     f"{where}: {column} has a turn from {turn['from']!r}: use one of {', '.join(_SHAREGPT_ROLES)}"

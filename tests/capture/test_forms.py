@@ -1,13 +1,18 @@
 """The forms of published preference sets, each from a small sample of its shape."""
 
 import json
+import re
 from collections import Counter
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dadpo_kernels.capture.forms import as_pair
-from dadpo_kernels.capture.pairs import read_pairs
+from dadpo_kernels.capture.forms import _FORMS, as_pair
+from dadpo_kernels.capture.pairs import PairRecords, read_pairs, tokenize_pairs
 from dadpo_kernels.cli.main import main
+from tests.support.tiny import tiny_tokenizer
 
 
 def said(role, text):
@@ -145,6 +150,9 @@ def test_a_repeated_prompt_is_said():
         ),
         ({"question": "Why?", "query": "How?", **ANSWERS}, "question and query may both be the prompt"),
         ({"system": "Be long.", **WITH_SYSTEM}, "the column system and the system message"),
+        ({"history": [[None, "Hi"]], "question": "Why?", **ANSWERS}, "history is .*: a list of"),
+        ({"system": user("Hi"), "question": "Why?", **ANSWERS}, "system is a list: a string"),
+        ({"conversations": {"from": []}, **ANSWERS}, r"from \[\]: use one of"),
         ({"history": ["Hi"], "question": "Why?", **ANSWERS}, r"history is \"\['Hi'\]\""),
         ({"conversations": [{"from": "function_call", "value": "{}"}], **ANSWERS}, "from 'function_call': use one of"),
         ({"conversations": ["Hi"], **ANSWERS}, r"conversations\[0\] is 'Hi'"),
@@ -237,3 +245,57 @@ def test_bad_records_are_skipped_and_counted(tmp_path, capsys):
     assert "and 3 more" in printed
     with pytest.raises(ValueError, match=r"the first of 1 refused: .*line 1: missing"):
         read_pairs(lines(tmp_path / "x.jsonl", [{"prompt": "a"}]), on_error="skip")
+
+
+WORDS = st.sampled_from(
+    ["", "a", "a b", "good", "\n", "<|eos|>", "<|end|>", "\ud800", "[]", "{", "\n\nHuman: a\n\nAssistant:"]
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS
+KEYS = st.sampled_from(
+    ["role", "content", "from", "value", "type", "text", "answer", "rank", "response", "overall_score", "tool_calls"]
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "human", ""]), "content": WORDS},
+        optional={"from": st.sampled_from(["human", "gpt", "x"]), "value": WORDS, "tool_calls": SCALARS},
+    ),
+    max_size=3,
+)
+VALUES = MESSAGES | st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=6
+)
+COLUMNS = st.sampled_from(
+    sorted(
+        set().union(*(form.columns for form in _FORMS))
+        | {"label", "system", "history", "tools", "chat_template_kwargs", "x"}
+    )
+)
+RECORDS = st.builds(
+    lambda base, more: base | more,
+    st.sampled_from([{}, *(record for record, _ in FORMS.values())]),
+    st.dictionaries(COLUMNS, VALUES, max_size=5),
+)
+TOKENIZER = tiny_tokenizer()
+TOKENIZER.bos_token = "<|start|>"
+
+
+def check_any_record(record):
+    """A record gives pairs with tokens, or a ValueError that names it."""
+    pairs = PairRecords()
+    try:
+        pairs.add("line 3", as_pair("line 3", record))
+        data = tokenize_pairs(pairs, TOKENIZER, 50)
+    except ValueError as error:
+        if not re.search("line 3|prompt shorter than max_length", str(error)):
+            raise
+        return
+    (pair,) = data.pairs
+    ids = np.concatenate(pair.ids)
+    assert len(pair.prompt_ids) > 0 < len(pair.chosen_ids)
+    assert (len(pair.rejected_ids) == 0) == ("completion" in pairs[0])
+    assert 0 <= ids.min() <= ids.max() < 300
+
+
+@given(RECORDS)
+def test_any_record_gives_tokens_or_a_value_error(record):
+    check_any_record(record)

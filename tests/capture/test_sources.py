@@ -9,8 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dadpo_kernels.cache.errors import CacheSettingsError
 from dadpo_kernels.capture.forms import as_pair
@@ -79,24 +77,6 @@ def test_forms(record, expected):
 def test_other_forms_are_refused(record, message):
     with pytest.raises(ValueError, match=message):
         as_pair("line 3", record)
-
-
-JSON = st.recursive(
-    st.none() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
-    max_leaves=6,
-)
-
-
-@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "tools"]), JSON))
-def test_any_record_gives_a_pair_or_a_value_error(tmp_path_factory, record):
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    path.write_text(json.dumps(record))
-    try:
-        (pair,) = read_pairs(path)
-    except ValueError:
-        return
-    assert type(pair["prompt"]) is type(pair["chosen"]) is type(pair["rejected"])
 
 
 def test_jsonl_parquet_and_datasets_give_the_same(tmp_path, monkeypatch):
