@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cache.errors import CacheSettingsError
 from ..cache.fingerprints import model_fingerprint, records_fingerprint
+from .checked_lines import CheckedLines, storage_errors
+from .pairs import tokenize_pairs
 
 logger = logging.getLogger("dadpo_kernels")
 
@@ -35,12 +38,13 @@ def generate_answers(
     path: str | Path,
     sampling: Sampling,
     *,
+    chat_template_kwargs: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Sample one answer for each prompt, and write them to the JSONL file `path` batch by batch.
+    """Sample one answer for each prompt, and write them to the file `path`, a line of `CheckedLines` per batch.
 
-    After any interruption, the same call continues after the last complete batch. Each batch has a separate seed, so
-    the answers do not depend on interruptions.
+    After any interruption, the same call samples the batches that are missing or damaged in the file. Each batch has a
+    separate seed, so the answers do not depend on interruptions.
 
     Args:
         model: a causal LM of transformers, on its device.
@@ -48,6 +52,7 @@ def generate_answers(
         prompts: strings, or lists of messages to which the tokenizer's chat template is applied.
         path: the file; an existing one must come from the same model, prompts and sampling.
         sampling: how answers are sampled.
+        chat_template_kwargs: options of the chat template, such as `{"enable_thinking": False}`.
         progress: show a progress bar in answers.
 
     Returns:
@@ -56,14 +61,17 @@ def generate_answers(
 
     Raises:
         CacheSettingsError: `path` holds answers of another model, to other prompts, or with other sampling.
-        ValueError: an argument is out of range, or a prompt has no tokens.
+        CacheBusyError: another process writes to `path`.
+        CacheError: `path` cannot be read or written.
+        ValueError: an argument is out of range, the chat template refuses a prompt, or a prompt has no tokens.
     """
     # What identifies the run: model, prompts and sampling.
     _check(sampling)
-    ids = [_prompt_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts)]
+    ids = [_prompt_ids(tokenizer, number, prompt, chat_template_kwargs or {}) for number, prompt in enumerate(prompts)]
     settings = {
         "model_sha256": model_fingerprint(model),
         "prompts_sha256": records_fingerprint({"ids": prompt} for prompt in ids),
+        "chat_template_kwargs": chat_template_kwargs,
         **sampling._asdict(),
     }
 
@@ -71,94 +79,102 @@ def generate_answers(
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     batches = [order[at : at + sampling.batch_size] for at in range(0, len(order), sampling.batch_size)]
     path = Path(path)
-    lines = _resume(path, settings, [len(batch) for batch in batches])
-    logger.debug("%s: %d of %d answers are there", path, len(lines), len(ids))
-    bar = tqdm(total=len(ids), initial=len(lines), unit="answer", desc=path.name, disable=not progress)
-    with path.open("a", encoding="utf-8") as file, bar:
-        done = len(lines)
-        for number, batch in enumerate(batches):
-            if done >= len(batch):
-                done -= len(batch)
-                continue
-            # transformers samples from the global generator and does not take another one.
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{sampling.seed} {number}".encode()).digest()[:7], "big"))
-            answers = _sample(model, tokenizer, [ids[i] for i in batch], sampling)
-            batch_lines = [{"index": i, **answer} for i, answer in zip(batch, answers, strict=True)]
-            file.write("".join(json.dumps(line) + "\n" for line in batch_lines))
-            file.flush()
-            os.fsync(file.fileno())
-            lines += batch_lines
-            bar.update(len(batch))
+    with closing(CheckedLines(path, settings)) as lines:
+        answers: dict[int, list[dict[str, Any]]] = {line["batch"]: line["answers"] for line in lines.records}
+        logger.debug("%s: %d of %d batches are there", path, len(answers), len(batches))
+        initial = sum(map(len, answers.values()))
+        with tqdm(total=len(ids), initial=initial, unit="answer", desc=path.name, disable=not progress) as bar:
+            for number, batch in enumerate(batches):
+                if number in answers:
+                    continue
+                # transformers samples from the global generator and does not take another one.
+                digest = hashlib.sha256(f"{sampling.seed} {number}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:7], "big"))
+                answers[number] = _sample(model, tokenizer, [ids[i] for i in batch], sampling)
+                lines.append({"batch": number, "answers": answers[number]})
+                bar.update(len(batch))
 
-    by_index = {line.pop("index"): line for line in lines}
+    by_index = {
+        i: answer for number, batch in enumerate(batches) for i, answer in zip(batch, answers[number], strict=True)
+    }
     return [by_index[i] for i in range(len(ids))]
 
 
-def make_pairs(prompts: Sequence[Any], chosen: Sequence[str], rejected: Sequence[str]) -> list[dict[str, Any]]:
-    """Records for `tokenize_pairs`, from the answers' texts. An answer to a list of messages becomes a message."""
+def make_pairs(
+    prompts: Sequence[Any],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Records for `tokenize_pairs`, from the answers' texts. An answer to a list of messages becomes a message.
+    `chat_template_kwargs` are those with which the answers were sampled; each record of messages carries them."""
 
-    def like_prompt(prompt: Any, text: str) -> Any:
-        return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+    def record(prompt: Any, good: str, bad: str) -> dict[str, Any]:
+        if isinstance(prompt, str):
+            return {"prompt": prompt, "chosen": good, "rejected": bad}
+        answers = {
+            name: [{"role": "assistant", "content": text}] for name, text in (("chosen", good), ("rejected", bad))
+        }
+        options = {"chat_template_kwargs": chat_template_kwargs} if chat_template_kwargs else {}
+        return {"prompt": prompt, **answers, **options}
 
-    return [
-        {"prompt": prompt, "chosen": like_prompt(prompt, good), "rejected": like_prompt(prompt, bad)}
-        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True)
-    ]
+    return [record(*parts) for parts in zip(prompts, chosen, rejected, strict=True)]
+
+
+def accepted_pairs(records: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The records that `tokenize_pairs` accepts, and the reasons against the other ones, by position.
+
+    A chat template need not render what a model answered: it may strip the thinking or spaces, so that the prompt is
+    no longer a prefix, or both answers become the same.
+    """
+    accepted, refused = [], {}
+    for i, record in enumerate(records):
+        try:
+            tokenize_pairs([record], tokenizer)
+        except ValueError as error:
+            refused[i] = str(error).removeprefix("pair 0: ")
+        else:
+            accepted.append(record)
+    return accepted, refused
 
 
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write a JSONL file atomically: `path` never holds a part of the records."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a JSONL file atomically: `path` never holds a part of the records. Raises CacheError if it cannot."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _check(sampling: Sampling) -> None:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(sampling, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(sampling, name)}")
-    if not sampling.temperature >= 0:
+    if not 0 <= sampling.temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {sampling.top_p}")
 
 
-def _prompt_ids(tokenizer: Any, number: int, prompt: Any) -> list[int]:
+def _prompt_ids(tokenizer: Any, number: int, prompt: Any, template_kwargs: dict[str, Any]) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        fixed = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        try:
+            ids = tokenizer.apply_chat_template(prompt, **fixed, **template_kwargs)
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(f"prompt {number}: the chat template refuses it: {error}") from error
     if not ids:
         raise ValueError(f"prompt {number} has no tokens")
     return ids
-
-
-def _resume(path: Path, settings: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
-    """The lines of the complete batches in the file. What follows them is cut off. A new file gets the settings as its
-    first line."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if not lines or not lines[0].endswith(b"\n"):
-        path.write_text(json.dumps({"settings": settings}) + "\n")
-        return []
-    try:
-        previous = json.loads(lines[0])["settings"]
-        names = [name for name, value in settings.items() if previous.get(name) != value]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise CacheSettingsError(f"{path} is not a file of answers: move it, or write to another file") from None
-    if names:
-        raise CacheSettingsError(f"{path} holds answers of another run ({', '.join(names)} differ): move it")
-    whole = [line for line in lines[1:] if line.endswith(b"\n")]
-    count = 0
-    for size in sizes:
-        if count + size > len(whole):
-            break
-        count += size
-    with path.open("rb+") as file:
-        file.truncate(sum(map(len, lines[: 1 + count])))
-    return [json.loads(line) for line in whole[:count]]
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Arguments and functions that the commands with a frozen model share."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,29 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="answer tokens per file, which is the most that an interruption can lose (default %(default)s)",
     )
+
+
+def add_template_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""options of the chat template, such as '{"enable_thinking": false}'""",
+    )
+
+
+def template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """The value of `--chat-template-kwargs`."""
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f'--chat-template-kwargs must be a JSON object such as {{"enable_thinking": false}}, got {text!r}'
+        )
+    return options
 
 
 def is_first_process() -> bool:

@@ -4,8 +4,13 @@ stopped."""
 
 import argparse
 import gc
+import logging
 from pathlib import Path
 from typing import Any
+
+from .model_args import add_template_argument, template_kwargs
+
+logger = logging.getLogger("dadpo_kernels")
 
 SOURCE = "JSONL or Parquet file, or a set for `datasets` as NAME:SPLIT"
 
@@ -31,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--keep-unfinished", action="store_true", help="keep pairs with an answer that the limit cut"
     )
+    add_template_argument(generate)
     generate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     generate.add_argument("--device", default="auto", help="as in `dadpo teacher`")
     imported = actions.add_parser("import", help="convert an existing preference set to JSONL")
@@ -62,34 +68,50 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from ..capture.generate import Sampling, generate_answers, make_pairs, write_records
+    from ..capture.generate import Sampling, accepted_pairs, generate_answers, make_pairs, write_records
     from ..capture.load import load_model, load_tokenizer
     from ..capture.pairs import read_prompts
 
-    # One answer to each prompt from each of the models. They are loaded one after the other to save memory.
     prompts = read_prompts(args.prompts, args.limit)
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.batch_size, args.seed)
+    options = template_kwargs(args.chat_template_kwargs)
+    teacher_tokenizer = load_tokenizer(args.teacher, revision=args.teacher_revision)
+    chats = [prompt for prompt in prompts if isinstance(prompt, list)][:1]
+    _, refused = accepted_pairs(
+        make_pairs(chats, ["yes"] * len(chats), ["no"] * len(chats), options), teacher_tokenizer
+    )
+    if refused:
+        logger.warning("pairs may get lost: `dadpo teacher` refuses one with the answers yes and no, %s", refused[0])
+
+    # One answer to each prompt from each of the models. They are loaded one after the other to save memory.
     answers: dict[str, list[dict[str, Any]]] = {}
     for who, name, revision in (
         ("teacher", args.teacher, args.teacher_revision),
         ("student", args.student, args.student_revision),
     ):
-        tokenizer = load_tokenizer(name, revision=revision)
+        tokenizer = teacher_tokenizer if who == "teacher" else load_tokenizer(name, revision=revision)
         model = load_model(name, revision=revision, dtype=args.dtype, device=args.device)
         path = args.out.with_name(f"{args.out.name}.{who}")
-        answers[who] = generate_answers(model, tokenizer, prompts, path, sampling, progress=True)
+        answers[who] = generate_answers(
+            model, tokenizer, prompts, path, sampling, chat_template_kwargs=options, progress=True
+        )
         del model
         gc.collect()
 
-    # The pairs of finished answers.
+    # The pairs of finished answers that the teacher's chat template can render.
     usable = [
         args.keep_unfinished or (chosen["finished"] and rejected["finished"])
         for chosen, rejected in zip(answers["teacher"], answers["student"], strict=True)
     ]
     chosen_texts, rejected_texts = ([line["answer"] for line in answers[who]] for who in ("teacher", "student"))
-    all_pairs = make_pairs(prompts, chosen_texts, rejected_texts)
-    pairs = [pair for pair, is_usable in zip(all_pairs, usable, strict=True) if is_usable]
+    all_pairs = make_pairs(prompts, chosen_texts, rejected_texts, options)
+    finished = [pair for pair, is_usable in zip(all_pairs, usable, strict=True) if is_usable]
+    pairs, refused = accepted_pairs(finished, teacher_tokenizer)
+    if finished and not pairs:
+        raise ValueError(f"`dadpo teacher` would refuse all pairs. Of the first, it says: {refused[0]}")
     write_records(args.out, pairs)
-    cut = len(all_pairs) - len(pairs)
-    print(f"{args.out}: {len(pairs)} pairs, {cut} left out because {args.max_new_tokens} tokens cut an answer")
+    lost = f"{len(all_pairs) - len(finished)} left out because {args.max_new_tokens} tokens cut an answer"
+    if refused:
+        lost += f", {len(refused)} because `dadpo teacher` refuses them; it says first: {next(iter(refused.values()))}"
+    print(f"{args.out}: {len(pairs)} pairs, {lost}")
     return 0
