@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import (
-    CacheBusyError,
     CacheChecksumError,
     CacheFormatError,
     CacheIncompleteError,
@@ -30,6 +29,7 @@ from .errors import (
     CacheTruncatedError,
     CacheVersionError,
 )
+from .lock import lock
 from .ranks import Ranks, ranks
 
 logger = logging.getLogger("dadpo_kernels")
@@ -309,13 +309,8 @@ def _check_same(directory: Path, previous: Mapping[str, Any], current: Mapping[s
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    import fcntl  # Unix only; reading a cache does not need it
-
     with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process dies
-        except BlockingIOError:
-            raise CacheBusyError(f"another process is writing to {directory}: wait for it or stop it") from None
+        lock(file, directory)
         yield
 
 

@@ -27,13 +27,13 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, today: date | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._kwargs = dict(kwargs or {})
+        self.tokenizer = tokenizer
+        self.kwargs = dict(kwargs or {})
         self._today = today or date.today()
         self.asked_for_date = False
-        check_template_kwargs("chat_template_kwargs", self._kwargs)
+        check_template_kwargs("chat_template_kwargs", self.kwargs)
         text = str(tokenizer.chat_template)
-        if unknown := [name for name in self._kwargs if not re.search(rf"\b{re.escape(name)}\b", text)]:
+        if unknown := [name for name in self.kwargs if not re.search(rf"\b{re.escape(name)}\b", text)]:
             raise ValueError(f"the chat template does not use {', '.join(unknown)}: see its text for its variables")
         if re.search(r"strftime_now\s*\(", _DATE.sub("", text)):
             raise ValueError(
@@ -46,30 +46,28 @@ class ChatTemplate:
         """The date that the template has asked for, as `2026-11-27`; None if it has not."""
         return self._today.isoformat() if self.asked_for_date else None
 
-    def ids(
-        self, where: str, messages: Sequence[Mapping[str, Any]], record: Mapping[str, Any], **options: Any
-    ) -> list:
-        """Token ids of a conversation.
+    def ids(self, where: str, messages: Sequence[Mapping[str, Any]], record: Mapping[str, Any], **options: Any) -> Any:
+        """Token ids of a conversation, a list; with the option `tokenize=False` its text.
 
         Args:
             where: beginning of an error message.
             messages: the conversation.
             record: may hold `tools` and `chat_template_kwargs`.
-            options: `add_generation_prompt`, or `tokenize=False` for the text.
+            options: of `apply_chat_template`, such as `add_generation_prompt`.
 
         Raises:
             ValueError: there is no template, or it fails; the message has its words.
         """
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{where}: it is a conversation, and the tokenizer has no chat template: use an instruction-tuned "
                 "model, give a template with --chat-template (tokenizer.chat_template), or give strings"
             )
-        tools, variables = record.get("tools"), {**self._kwargs, **record.get("chat_template_kwargs", {})}
+        tools, variables = record.get("tools"), {**self.kwargs, **record.get("chat_template_kwargs", {})}
         try:
-            text, dates = _DATE.subn(self._date, self._tokenizer.get_chat_template(tools=tools))
+            text, dates = _DATE.subn(self._date, self.tokenizer.get_chat_template(tools=tools))
             self.asked_for_date |= dates > 0
-            return self._tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=text, return_dict=False, **variables, **options
             )
         except Exception as error:  # a template is a program of the tokenizer's author

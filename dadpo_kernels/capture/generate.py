@@ -3,8 +3,11 @@
 import hashlib
 import json
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cache.errors import CacheSettingsError
 from ..cache.fingerprints import model_fingerprint, records_fingerprint
+from .chat import ChatTemplate
+from .checked_lines import CheckedLines, settings_of, storage_errors
 
 logger = logging.getLogger("dadpo_kernels")
 
@@ -30,40 +34,44 @@ class Sampling(NamedTuple):
 
 def generate_answers(
     model: Any,
-    tokenizer: Any,
+    template: ChatTemplate,
     prompts: Sequence[Any],
     path: str | Path,
     sampling: Sampling,
     *,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Sample one answer for each prompt, and write them to the JSONL file `path` batch by batch.
+    """Sample one answer for each prompt, and write them to the file `path`, a line of `CheckedLines` per batch.
 
-    After any interruption, the same call continues after the last complete batch. Each batch has a separate seed, so
-    the answers do not depend on interruptions.
+    After any interruption, the same call samples the batches that are missing or damaged in the file. Each batch has a
+    separate seed, so the answers do not depend on interruptions.
 
     Args:
         model: a causal LM of transformers, on its device.
-        tokenizer: the model's.
-        prompts: strings, or lists of messages to which the tokenizer's chat template is applied.
+        template: the chat template of the model's tokenizer.
+        prompts: strings, or lists of messages to which the template is applied.
         path: the file; an existing one must come from the same model, prompts and sampling.
         sampling: how answers are sampled.
         progress: show a progress bar in answers.
 
     Returns:
-        `{"answer": str, "finished": bool}` for each prompt, in their order. An answer is not finished if
-        `max_new_tokens` cut it.
+        `{"answer": str, "end": str, "finished": bool}` for each prompt, in their order. `end` is the token that ended
+        the answer; an answer is not finished if `max_new_tokens` cut it.
 
     Raises:
         CacheSettingsError: `path` holds answers of another model, to other prompts, or with other sampling.
-        ValueError: an argument is out of range, or a prompt has no tokens.
+        CacheBusyError: another process writes to `path`.
+        CacheError: `path` cannot be read or written.
+        ValueError: an argument is out of range, the chat template refuses a prompt, or a prompt has no tokens.
     """
     # What identifies the run: model, prompts and sampling.
     _check(sampling)
-    ids = [_prompt_ids(tokenizer, number, prompt) for number, prompt in enumerate(prompts)]
+    tokenizer = template.tokenizer
+    ids = [_prompt_ids(template, number, prompt) for number, prompt in enumerate(prompts)]
     settings = {
         "model_sha256": model_fingerprint(model),
         "prompts_sha256": records_fingerprint({"ids": prompt} for prompt in ids),
+        "today": template.today,
         **sampling._asdict(),
     }
 
@@ -71,94 +79,109 @@ def generate_answers(
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     batches = [order[at : at + sampling.batch_size] for at in range(0, len(order), sampling.batch_size)]
     path = Path(path)
-    lines = _resume(path, settings, [len(batch) for batch in batches])
-    logger.debug("%s: %d of %d answers are there", path, len(lines), len(ids))
-    bar = tqdm(total=len(ids), initial=len(lines), unit="answer", desc=path.name, disable=not progress)
-    with path.open("a", encoding="utf-8") as file, bar:
-        done = len(lines)
-        for number, batch in enumerate(batches):
-            if done >= len(batch):
-                done -= len(batch)
-                continue
-            # transformers samples from the global generator and does not take another one.
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{sampling.seed} {number}".encode()).digest()[:7], "big"))
-            answers = _sample(model, tokenizer, [ids[i] for i in batch], sampling)
-            batch_lines = [{"index": i, **answer} for i, answer in zip(batch, answers, strict=True)]
-            file.write("".join(json.dumps(line) + "\n" for line in batch_lines))
-            file.flush()
-            os.fsync(file.fileno())
-            lines += batch_lines
-            bar.update(len(batch))
+    with closing(CheckedLines(path, settings)) as lines:
+        answers: dict[int, list[dict[str, Any]]] = {line["batch"]: line["answers"] for line in lines.records}
+        logger.debug("%s: %d of %d batches are there", path, len(answers), len(batches))
+        initial = sum(map(len, answers.values()))
+        with tqdm(total=len(ids), initial=initial, unit="answer", desc=path.name, disable=not progress) as bar:
+            for number, batch in enumerate(batches):
+                if number in answers:
+                    continue
+                # transformers samples from the global generator and does not take another one.
+                digest = hashlib.sha256(f"{sampling.seed} {number}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:7], "big"))
+                answers[number] = _sample(model, tokenizer, [ids[i] for i in batch], sampling)
+                lines.append({"batch": number, "answers": answers[number]})
+                bar.update(len(batch))
 
-    by_index = {line.pop("index"): line for line in lines}
+    by_index = {
+        i: answer for number, batch in enumerate(batches) for i, answer in zip(batch, answers[number], strict=True)
+    }
     return [by_index[i] for i in range(len(ids))]
 
 
-def make_pairs(prompts: Sequence[Any], chosen: Sequence[str], rejected: Sequence[str]) -> list[dict[str, Any]]:
-    """Records for `tokenize_pairs`, from the answers' texts. An answer to a list of messages becomes a message."""
+def first_day(path: Path) -> date | None:
+    """The date that the chat template was given when the answers in `path` were begun; None if there is none."""
+    today = settings_of(path).get("today")
+    return date.fromisoformat(today) if today else None
 
-    def like_prompt(prompt: Any, text: str) -> Any:
-        return [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
 
-    return [
-        {"prompt": prompt, "chosen": like_prompt(prompt, good), "rejected": like_prompt(prompt, bad)}
-        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True)
-    ]
+def make_pairs(
+    prompts: Sequence[Any],
+    chosen: Sequence[Mapping[str, Any]],
+    rejected: Sequence[Mapping[str, Any]],
+    template: ChatTemplate,
+) -> tuple[list[dict[str, Any]], int]:
+    """Records for `tokenize_pairs` from the lines of `generate_answers`, and how many of them are rendered texts.
+
+    An answer to a list of messages becomes a message. A chat template need not render what a model answered: it may
+    strip the thinking or spaces, so that the prompt is no prefix any more. Such a pair is written as the texts that
+    the models read and wrote.
+    """
+    pairs, rendered = [], 0
+    for number, (prompt, good, bad) in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        texts = {"chosen": good["answer"], "rejected": bad["answer"]}
+        if isinstance(prompt, str):
+            pairs.append({"prompt": prompt, **texts})
+            continue
+        record = {"prompt": prompt}
+        record |= {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
+        if template.kwargs:
+            record["chat_template_kwargs"] = template.kwargs
+        if not _is_rendered(template, record, texts):
+            text = template.ids(f"prompt {number}", prompt, {}, add_generation_prompt=True, tokenize=False)
+            ends = {"chosen": good["end"], "rejected": bad["end"]}
+            record = {"prompt": text, **{name: texts[name] + ends[name] for name in texts}}
+            rendered += 1
+        pairs.append(record)
+    return pairs, rendered
+
+
+def _is_rendered(template: ChatTemplate, record: Mapping[str, Any], texts: Mapping[str, str]) -> bool:
+    """Whether the chat template renders the answers behind the prompt as they are."""
+    prompt = template.ids("", record["prompt"], {}, add_generation_prompt=True, tokenize=False)
+    try:
+        return all(
+            template.ids("", record["prompt"] + record[name], {}, tokenize=False).startswith(prompt + text)
+            for name, text in texts.items()
+        )
+    except ValueError:  # as of a template that parses what it thinks a model answers
+        return False
 
 
 def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write a JSONL file atomically: `path` never holds a part of the records."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a JSONL file atomically: `path` never holds a part of the records. Raises CacheError if it cannot."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _check(sampling: Sampling) -> None:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(sampling, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(sampling, name)}")
-    if not sampling.temperature >= 0:
+    if not 0 <= sampling.temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or positive, got {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {sampling.top_p}")
 
 
-def _prompt_ids(tokenizer: Any, number: int, prompt: Any) -> list[int]:
+def _prompt_ids(template: ChatTemplate, number: int, prompt: Any) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = template.tokenizer(prompt)["input_ids"]
     else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = template.ids(f"prompt {number}", prompt, {}, add_generation_prompt=True)
     if not ids:
         raise ValueError(f"prompt {number} has no tokens")
     return ids
-
-
-def _resume(path: Path, settings: dict[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
-    """The lines of the complete batches in the file. What follows them is cut off. A new file gets the settings as its
-    first line."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if not lines or not lines[0].endswith(b"\n"):
-        path.write_text(json.dumps({"settings": settings}) + "\n")
-        return []
-    try:
-        previous = json.loads(lines[0])["settings"]
-        names = [name for name, value in settings.items() if previous.get(name) != value]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise CacheSettingsError(f"{path} is not a file of answers: move it, or write to another file") from None
-    if names:
-        raise CacheSettingsError(f"{path} holds answers of another run ({', '.join(names)} differ): move it")
-    whole = [line for line in lines[1:] if line.endswith(b"\n")]
-    count = 0
-    for size in sizes:
-        if count + size > len(whole):
-            break
-        count += size
-    with path.open("rb+") as file:
-        file.truncate(sum(map(len, lines[: 1 + count])))
-    return [json.loads(line) for line in whole[:count]]
 
 
 @torch.inference_mode()
@@ -190,7 +213,8 @@ def _sample(model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Samp
     for tokens in output[:, longest:].tolist():
         at = next((i for i, token in enumerate(tokens) if token in end_ids), None)
         text = tokenizer.decode(tokens[:at], skip_special_tokens=True)
-        answers.append({"answer": text, "finished": at is not None})
+        end = "" if at is None else tokenizer.decode(tokens[at : at + 1])
+        answers.append({"answer": text, "end": end, "finished": at is not None})
     return answers
 
 

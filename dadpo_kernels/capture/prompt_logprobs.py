@@ -22,10 +22,18 @@ _SLACK = 1e-3  # by how much probabilities that sum to one may exceed it in floa
 def answer_targets(prompt_logprobs: Any, ids: Sequence[int], start: int, k: int, vocab_size: int) -> Targets:
     """Targets of the answer `ids[start:]`, by the names in `ANSWER_COLUMNS`.
 
-    Inference engines do not return the mass outside the top k. It is computed as one minus the mass inside, in
-    float64, and is as precise as the engine's float32. Where the teacher is confident, that difference is mostly
-    rounding error, so the tail is also kept within two bounds: it is at least the probability of a label outside the
-    top k, and at most `vocab_size - k` times the k-th probability.
+    Inference engines do not return the mass outside the top k. It is one minus the mass inside, in float64, as far as
+    the engine's float32 shows it: a log-softmax that is rounded to float32 moves the mass by at most
+
+        r = 2^-23 (1 + sum_i p_i |log p_i|)          over the k entries; 1.2e-7 for a confident teacher
+
+    Below r the difference says nothing, so that r stands for it. Two bounds are known besides: none of the
+    `vocab_size - k` ids outside is more probable than the k-th entry, and a label outside has its own probability:
+
+        tail = log max(p_label outside, min(max(1 - sum_i p_i, r), (vocab_size - k) p_k))
+
+    So `exp(tail)` differs from the true mass by at most r, and the tail is finite unless k = vocab_size. A p_k of zero
+    counts as exp(-9999), the smallest that vLLM writes.
 
     Args:
         prompt_logprobs: of the whole sequence `ids`: a list of None and of `{id: Logprob}` (Python API) or
@@ -120,20 +128,23 @@ def _number(value: Any) -> Any:
 
 
 def _tail(topk: np.ndarray, outside: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The log of the mass outside the top k, float64 `[T]`, from `topk [T, k]` and `outside [T]`: the log-probability
-    of a label outside, or -inf.
+    """The tail of `answer_targets`, float64 `[T]`, from `topk [T, k]`, most probable first, and `outside [T]`: the
+    log-probability of a label outside the top k, or -inf.
 
-    None of the `vocab_size - k` ids outside is more probable than the last entry inside. If these together cannot have
-    the missing mass, the entries were not the top k.
+    If the ids outside, none of which is more probable than the last entry inside, cannot have the missing mass
+    together, the entries were not the top k.
     """
     length, k = topk.shape
-    inside = np.exp(topk).sum(1)
+    p = np.exp(topk)
+    inside = p.sum(1)
     if (inside + np.exp(outside) > 1 + _SLACK).any():
         total = (inside + np.exp(outside)).max()
         raise ResponseError(f"probabilities sum to {total:.4f}: they are not those of one softmax")
-    with np.errstate(divide="ignore"):
-        tail = np.log1p(-np.minimum(inside, 1))
-        most = np.log(vocab_size - k) + (topk[:, -1] if k else np.zeros(length))
+    finite = np.maximum(topk, _MINUS_INFINITY)
+    hidden = np.finfo(np.float32).eps * (1 + (p * np.abs(finite)).sum(1))
+    tail = np.log(np.maximum(1 - inside, hidden))
+    with np.errstate(divide="ignore"):  # k = vocab_size
+        most = np.log(vocab_size - k) + (finite[:, -1] if k else np.zeros(length))
     lost = np.exp(tail) > np.exp(most) + _SLACK
     if lost.any():
         raise ResponseError(

@@ -73,9 +73,9 @@ def capture_from_server(
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
         while obsolete:
             obsolete.pop().unlink()
-        path = directory / f".answers-{run}-{number:05d}.sqlite"
+        path = directory / f".answers-{run}-{number:05d}"
         obsolete.append(path)
-        with closing(ScoredSequences(path)) as scored, ThreadPoolExecutor(concurrency) as executor:
+        with closing(ScoredSequences(path, settings)) as scored, ThreadPoolExecutor(concurrency) as executor:
             yield from _score_shard(executor, server, shard, scored, settings)
 
     manifest = write_teacher(tokenizer, data, directory, settings, server.model, score, progress=progress)
@@ -99,7 +99,7 @@ def _score_shard(
     sequences = _sequences(shard)
     targets: dict[int, Targets] = {}
     for i, (ids, start) in enumerate(sequences):
-        if (stored := scored.read(i, len(ids) - start)) is not None:
+        if (stored := scored.read(i, ids, start)) is not None:
             targets[i] = stored
     for i, pair in enumerate(shard):
         if 2 * i in targets and 2 * i + 1 in targets:
@@ -124,7 +124,7 @@ def _score_shard(
         for future in as_completed(requests):
             i = requests[future]
             targets[i] = future.result()
-            scored.write(i, targets[i])
+            scored.write(i, *sequences[i], targets[i])
             if i ^ 1 in targets:
                 yield shard[i // 2], targets[i & ~1], targets[i | 1]
     finally:
@@ -133,7 +133,7 @@ def _score_shard(
         executor.shutdown(cancel_futures=True)
         for future, i in requests.items():
             if i not in targets and not future.cancelled() and future.exception() is None:
-                scored.write(i, future.result())
+                scored.write(i, *sequences[i], future.result())
 
 
 def capture_from_vllm(

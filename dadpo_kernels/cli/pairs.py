@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .data_args import SOURCE, add_data_arguments, print_changes, read
-from .values import at_least
+from .values import at_least, json_object
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +28,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)s)")
     generate.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s)")
     generate.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)"
+        "--max-new-tokens", type=at_least(1), default=512, metavar="N", help="longest answer (default %(default)s)"
     )
     generate.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="answers per batch (default %(default)s)"
+        "--batch-size", type=at_least(1), default=16, metavar="N", help="answers per batch (default %(default)s)"
     )
     generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
     generate.add_argument(
         "--keep-unfinished", action="store_true", help="keep pairs with an answer that the limit cut"
+    )
+    generate.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="""variables of both chat templates, as '{"enable_thinking": false}'""",
     )
     generate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     generate.add_argument("--device", default="auto", help="as in `dadpo teacher`")
@@ -63,7 +69,8 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from ..capture.generate import Sampling, generate_answers, make_pairs, write_records
+    from ..capture.chat import ChatTemplate
+    from ..capture.generate import Sampling, first_day, generate_answers, make_pairs, write_records
     from ..capture.load import load_model, load_tokenizer
     from ..capture.pairs import read_prompts
 
@@ -71,6 +78,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, args.limit)
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.batch_size, args.seed)
     answers: dict[str, list[dict[str, Any]]] = {}
+    templates: dict[str, ChatTemplate] = {}
     for who, name, revision in (
         ("teacher", args.teacher, args.teacher_revision),
         ("student", args.student, args.student_revision),
@@ -78,7 +86,8 @@ def _generate(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(name, revision=revision)
         model = load_model(name, revision=revision, dtype=args.dtype, device=args.device)
         path = args.out.with_name(f"{args.out.name}.{who}")
-        answers[who] = generate_answers(model, tokenizer, prompts, path, sampling, progress=True)
+        templates[who] = ChatTemplate(tokenizer, args.chat_template_kwargs, first_day(path))
+        answers[who] = generate_answers(model, templates[who], prompts, path, sampling, progress=True)
         del model
         gc.collect()
 
@@ -87,10 +96,11 @@ def _generate(args: argparse.Namespace) -> int:
         args.keep_unfinished or (chosen["finished"] and rejected["finished"])
         for chosen, rejected in zip(answers["teacher"], answers["student"], strict=True)
     ]
-    chosen_texts, rejected_texts = ([line["answer"] for line in answers[who]] for who in ("teacher", "student"))
-    all_pairs = make_pairs(prompts, chosen_texts, rejected_texts)
+    all_pairs, rendered = make_pairs(prompts, answers["teacher"], answers["student"], templates["teacher"])
     pairs = [pair for pair, is_usable in zip(all_pairs, usable, strict=True) if is_usable]
     write_records(args.out, pairs)
     cut = len(all_pairs) - len(pairs)
     print(f"{args.out}: {len(pairs)} pairs, {cut} left out because {args.max_new_tokens} tokens cut an answer")
+    if rendered:
+        print(f"{rendered} pairs are written as texts: the chat template would not render these answers as sampled")
     return 0

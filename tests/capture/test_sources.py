@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dadpo_kernels.cache.errors import CacheSettingsError
+from dadpo_kernels.capture.chat import ChatTemplate
 from dadpo_kernels.capture.forms import as_pair
-from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
+from dadpo_kernels.capture.generate import Sampling, generate_answers
 from dadpo_kernels.capture.pairs import read_pairs, read_prompts, tokenize_pairs
 from dadpo_kernels.cli.main import main
 from tests.capture.test_local import processes  # noqa: F401  # a fixture
@@ -245,7 +246,7 @@ SAMPLING = Sampling(max_new_tokens=6, batch_size=2)
 def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path):
     model = tiny_llama()
     greedy = SAMPLING._replace(temperature=0.0, batch_size=3)
-    lines = generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "answers", greedy)
+    lines = generate_answers(model, ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "answers", greedy)
     for prompt, line in zip(PROMPTS, lines, strict=True):
         ids = TOKENIZER.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         answer = []
@@ -259,25 +260,25 @@ def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path):
 def test_sampling_depends_on_seed_and_prompt_only(tmp_path):
     model = tiny_llama()
     first, again, other = (
-        generate_answers(model, TOKENIZER, PROMPTS, tmp_path / name, SAMPLING._replace(seed=seed))
+        generate_answers(model, ChatTemplate(TOKENIZER), PROMPTS, tmp_path / name, SAMPLING._replace(seed=seed))
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
     assert first == again != other
     assert len({line["answer"] for line in first}) > 3
     written = (tmp_path / "first").read_bytes()
-    assert generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "first", SAMPLING) == first
+    assert generate_answers(model, ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "first", SAMPLING) == first
     assert (tmp_path / "first").read_bytes() == written
     with pytest.raises(CacheSettingsError, match=r"answers of another run \(seed differ\)"):
-        generate_answers(model, TOKENIZER, PROMPTS, tmp_path / "first", SAMPLING._replace(seed=1))
+        generate_answers(model, ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "first", SAMPLING._replace(seed=1))
 
 
 @pytest.mark.parametrize("length", [0, 10, 300, 400, 500, 600])
 def test_a_cut_file_is_completed(tmp_path, length):
-    expected = generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "whole", SAMPLING)
+    expected = generate_answers(tiny_llama(), ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "whole", SAMPLING)
     whole = (tmp_path / "whole").read_bytes()
     assert len(whole) > 600
     (tmp_path / "cut").write_bytes(whole[:length])
-    assert generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "cut", SAMPLING) == expected
+    assert generate_answers(tiny_llama(), ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "cut", SAMPLING) == expected
     assert (tmp_path / "cut").read_bytes() == whole
 
 
@@ -293,17 +294,17 @@ def generate_and_die(path, fatal_event):
         sync(descriptor)
 
     os.fsync = fatal
-    generate_answers(tiny_llama(), TOKENIZER, PROMPTS, path, SAMPLING)
+    generate_answers(tiny_llama(), ChatTemplate(TOKENIZER), PROMPTS, path, SAMPLING)
 
 
 def test_killed_and_resumed(tmp_path, processes):  # noqa: F811
-    expected = generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "whole", SAMPLING)
+    expected = generate_answers(tiny_llama(), ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "whole", SAMPLING)
     for event in (2, 1, 1):
         process = processes.Process(target=generate_and_die, args=(tmp_path / "killed", event))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "killed", SAMPLING) == expected
+    assert generate_answers(tiny_llama(), ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "killed", SAMPLING) == expected
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
@@ -313,7 +314,7 @@ def test_killed_and_resumed(tmp_path, processes):  # noqa: F811
 )
 def test_bad_sampling(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        generate_answers(tiny_llama(), TOKENIZER, PROMPTS, tmp_path / "x", SAMPLING._replace(**change))
+        generate_answers(tiny_llama(), ChatTemplate(TOKENIZER), PROMPTS, tmp_path / "x", SAMPLING._replace(**change))
 
 
 def test_generate_command(tmp_path, capsys):
@@ -334,4 +335,3 @@ def test_generate_command(tmp_path, capsys):
     capsys.readouterr()
     assert main([*map(str, words)]) == 0  # with the answers of the first run
     assert "left out because 5 tokens cut an answer" in capsys.readouterr().out
-    assert make_pairs(["text"], ["a"], ["b"]) == [{"prompt": "text", "chosen": "a", "rejected": "b"}]

@@ -1,9 +1,12 @@
 """Captures from an inference engine: compared with captures of the same local model, with a failing server, and with
 malformed responses."""
 
+import errno
 import json
 import math
+import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -16,16 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dadpo_kernels.cache.dataset import PairDataset
-from dadpo_kernels.cache.errors import CacheSettingsError
+from dadpo_kernels.cache.errors import CacheError, CacheSettingsError
+from dadpo_kernels.capture.checked_lines import CheckedLines, storage_errors
 from dadpo_kernels.capture.errors import ResponseError, ServerError
 from dadpo_kernels.capture.local import capture_teacher
 from dadpo_kernels.capture.pairs import tokenize_pairs
 from dadpo_kernels.capture.prompt_logprobs import answer_targets
 from dadpo_kernels.capture.remote import capture_from_server, capture_from_vllm
+from dadpo_kernels.capture.scored_sequences import ScoredSequences
 from dadpo_kernels.capture.server import CompletionsServer
 from dadpo_kernels.cli.main import main
 from tests.capture.test_local import processes  # noqa: F401  # a fixture
 from tests.support import vllm_server
+from tests.support.damage import flip_bit
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
 from tests.support.vllm_server import as_json, flat, prompt_logprobs, serving
 
@@ -175,18 +181,86 @@ def test_killed_at_random_moments(vllm, tmp_path, expected, processes):  # noqa:
     assert len(vllm.served) <= 16 + 3 * deaths  # only requests that were active at a kill are sent again
 
 
-def test_damaged_scored_sequences_are_requested_again(vllm, tmp_path, expected, caplog):
-    vllm.faults = [None] * 3 + [vllm_server.status(400)] * 99
-    with pytest.raises(ServerError):
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """An interrupted capture, whose first shard is scored but for one sequence, and the shards of a finished one."""
+    directory = tmp_path_factory.mktemp("interrupted")
+    with serving(MODEL) as server:
+        capture(server, directory / "whole")
+        server.faults = [None] * 4 + [vllm_server.status(400)] * 99
+        with pytest.raises(ServerError):
+            capture(server, directory / "part", concurrency=1)
+    return directory / "part", [path.read_bytes() for path in sorted((directory / "whole").glob("*.parquet"))]
+
+
+def test_a_flipped_bit_in_scored_sequences_changes_nothing(vllm, tmp_path, interrupted, caplog):
+    part, shards = interrupted
+    (store,) = part.glob(".answers*")
+    content, rng = store.read_bytes(), random.Random(0)
+    assert content.count(b"\n") == 5
+    for number in range(20):
+        out = tmp_path / str(number)
+        shutil.copytree(part, out)
+        (out / store.name).write_bytes(flip_bit(content, rng))
+        vllm.served.clear()
+        capture(vllm, out)
+        assert [path.read_bytes() for path in sorted(out.glob("*.parquet"))] == shards
+        assert len(vllm.served) <= 16 - 3
+    assert "1 damaged lines are removed, what they held is computed again" in caplog.text
+
+
+def test_a_store_that_is_no_store_is_scored_again(vllm, tmp_path, interrupted, caplog):
+    part, shards = interrupted
+    (store,) = part.glob(".answers*")
+    content = store.read_bytes()
+    for number, damaged in enumerate((b"", b"SQLite format 3", b"\n\n", content[:-5000], content[200:])):
+        out = tmp_path / str(number)
+        shutil.copytree(part, out)
+        (out / store.name).write_bytes(damaged)
+        capture(vllm, out)
+        assert [path.read_bytes() for path in sorted(out.glob("*.parquet"))] == shards
+    assert "or its beginning is damaged: move it. It is deleted, its sequences are scored again" in caplog.text
+
+
+def test_a_stored_sequence_with_other_tokens_is_not_used(tmp_path):
+    targets = answer_targets(prompt_logprobs(MODEL, IDS, K), IDS, 2, K, V)
+    with closing(ScoredSequences(tmp_path / "store", {"k": K})) as store:
+        store.write(3, IDS, 2, targets)
+    with closing(ScoredSequences(tmp_path / "store", {"k": K})) as store:
+        for name, values in store.read(3, IDS, 2).items():
+            np.testing.assert_array_equal(values, targets[name].astype(values.dtype))
+        for number, ids, start in ((4, IDS, 2), (3, IDS[::-1], 2), (3, IDS, 1)):
+            assert store.read(number, ids, start) is None
+    with closing(ScoredSequences(tmp_path / "store", {"k": 4})) as store:
+        assert store.read(3, IDS, 2) is None
+
+
+def test_a_directory_in_place_of_the_store(vllm, tmp_path, interrupted):
+    part, _ = interrupted
+    (store,) = part.glob(".answers*")
+    (tmp_path / store.name).mkdir()
+    with pytest.raises(CacheError, match=f"{store.name}: Is a directory: move this directory"):
         capture(vllm, tmp_path)
-    vllm.faults = []
-    (store,) = tmp_path.glob(".answers*")
-    store.write_bytes(store.read_bytes()[:-5000])
-    with caplog.at_level("DEBUG", "dadpo_kernels"):
+
+
+def test_a_full_disk(vllm, tmp_path, interrupted, monkeypatch):
+    """The third sequence cannot be stored; the run goes on when there is space again."""
+    _, shards = interrupted
+    results = iter([0] * 3)
+
+    def append(lines, record, real=CheckedLines.append):
+        with storage_errors(lines._path):
+            if next(results, errno.ENOSPC):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(lines, record)
+
+    monkeypatch.setattr(CheckedLines, "append", append)
+    with pytest.raises(CacheError, match="No space left on device: free some space and run the same command again"):
         capture(vllm, tmp_path)
-    assert f"{store} is deleted, its sequences are scored again" in caplog.text
-    check(tmp_path, expected)
-    assert len(vllm.served) == 16 + 3
+    monkeypatch.undo()
+    vllm.served.clear()
+    capture(vllm, tmp_path)
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.parquet"))] == shards
 
 
 def test_another_model_or_k_is_refused(vllm, tmp_path):
@@ -278,7 +352,7 @@ def test_the_label_inside_and_outside_the_top_k():
 def test_minus_infinity_comes_as_a_number():
     values = one({3: -9999.0, 2: 0.0}, 2, 2)
     assert values["topk_logps"] == [0.0, -math.inf]
-    assert values["topk_tail"] == -math.inf
+    assert values["topk_tail"] == pytest.approx(math.log(98) - 9999)
     with pytest.raises(ResponseError, match="label of probability 0"):
         one({3: -9999.0, 2: 0.0}, 3, 2)
 
@@ -286,8 +360,8 @@ def test_minus_infinity_comes_as_a_number():
 def test_the_tail_of_a_confident_teacher_is_bounded_by_what_is_known():
     confident = one({2: -1e-9, 3: -40.0}, 2, 2)
     assert confident["topk_tail"] <= math.log(98) - 40 + 1e-4  # 98 ids of at most exp(-40), not float32's 6e-8
-    known = one({2: 0.0, 3: -20.0, 4: -21.0}, 4, 2)
-    assert known["topk_tail"] == pytest.approx(-21.0)  # the label is outside, so the tail is not empty
+    known = one({2: 0.0, 3: -14.0, 4: -15.0}, 4, 2)
+    assert known["topk_tail"] == pytest.approx(-15.0)  # the label is outside, and more than what rounding hides
     assert one({1: 1e-7, 0: -20.0}, 1, 2, vocab_size=2)["topk_tail"] == -math.inf  # no id is outside
 
 

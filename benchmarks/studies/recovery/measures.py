@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dadpo_kernels import linear_selected_logps
 from dadpo_kernels.cache.pairs import IGNORE_INDEX, pad_pairs
-from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
+from dadpo_kernels.capture.chat import ChatTemplate
+from dadpo_kernels.capture.generate import Sampling, generate_answers
 from dadpo_kernels.capture.pairs import tokenize_pairs
 from dadpo_kernels.models.forward import hidden_states
 from dadpo_kernels.models.lm_head import lm_head
@@ -29,14 +30,18 @@ def sample(
     """One answer a prompt, drawn as the committed pairs were (temperature 0.7, top-p 0.95, cut to whole sentences)."""
     model.eval()
     sampling = Sampling(0.7, 0.95, max_new_tokens, batch_size=56, seed=seed)
-    answers = generate_answers(model, tokenizer, prompts, path, sampling)
+    answers = generate_answers(model, ChatTemplate(tokenizer), prompts, path, sampling)
     return [whole_sentences(answer["answer"].strip()) or EMPTY for answer in answers]
 
 
 @torch.no_grad()
 def likelihood(teacher: Any, tokenizer: Any, prompts: Sequence[Any], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
     """The teacher's mean log-probability a token of each answer `[n]` (length does not count), and their tokens."""
-    pairs = tokenize_pairs(make_pairs(prompts, answers, answers), tokenizer).pairs
+    records = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    pairs = tokenize_pairs(records, tokenizer).pairs
     head = lm_head(teacher)
     means, lengths = [], []
     for start in range(0, len(pairs), BATCH):
