@@ -15,7 +15,8 @@ from .packed import Packing, read_packing, unpack_ids, unpack_logps
 from .scored import NO_ENTRY, Reader, Scored, TeacherDataError, columns, integers, matrix
 
 LOST = (
-    "entries after the first exact_k are the values of a fit, and all are as fine as the packing's numbers",
+    "entries after the first exact_k are the values of a fit, which a --k up to exact_k leaves out, and all are as "
+    "fine as the packing's numbers",
     "the mass outside the top k is one minus the mass inside, no finer than that",
     "a realised token outside the top k has no log-probability",
     "there is no prompt: every token after the first is learned (but for one padding token at the end), and documents "
@@ -57,6 +58,12 @@ def _sequence(where: str, record: Any, packing: Packing, pad: int | None) -> Sco
         raise TeacherDataError(f"{where}: {length} rows of {names[1]} for {len(ids)} tokens: one less is needed")
     logps = unpack_logps(_bytes(where, names[1], values, length, packing.value_bytes), packing)[: len(ids) - 1]
     topk_ids = unpack_ids(_bytes(where, names[2], indices, length, packing.id_bytes), packing)[: len(ids) - 1]
+
+    # No fitted value is above the exact ones, which come first.
+    if packing.exact_k:
+        logps = np.minimum(
+            logps, np.where(np.arange(packing.k) < packing.exact_k, np.inf, logps[:, packing.exact_k - 1, None])
+        )
 
     # The tokens that are learned.
     is_target = np.arange(len(ids)) > 0

@@ -6,8 +6,9 @@ A token's row of `compressed_logprobs` is a byte string without padding between 
     a coefficient for each term     in term_dtype; the other values are fitted by sum_i c_i t^i with t = 0, 1, ...
     for each bin of residuals       a scale in scale_dtype, then num_elements integers of element_bits bits
 
-With `delta_encoding`, all values are differences to the one before. The row of `bytepacked_indices` holds k ids of
-ceil(log2 d) bits. Integers are packed from their highest bit on, and zero bits fill the last byte.
+The values fall, but a fit of them may not. With `delta_encoding`, all values are differences to the one before. The
+row of `bytepacked_indices` holds k ids of ceil(log2 d) bits. Integers are packed from their highest bit on, and zero
+bits fill the last byte.
 """
 
 from pathlib import Path
@@ -107,9 +108,9 @@ def unpack_logps(packed: np.ndarray, packing: Packing) -> np.ndarray:
 
     def values(dtype: torch.dtype, number: int) -> Tensor:
         nonlocal at
-        part = np.ascontiguousarray(packed[:, at : at + number * dtype.itemsize])
+        part = packed[:, at : at + number * dtype.itemsize]
         at += part.shape[1]
-        return torch.from_numpy(part).view(dtype)
+        return torch.from_numpy(part.copy()).view(dtype) if part.size else torch.zeros(len(packed), number)
 
     exact = values(packing.exact_dtype, packing.exact_k)
     coefficients = values(packing.term_dtype, len(packing.terms))
