@@ -1,123 +1,157 @@
-"""Reads records from JSONL, Parquet or `datasets`, and converts the common forms of preference sets to one."""
+"""Reads records from JSON, Parquet or `datasets`."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # further columns that a chat template uses
+_JSON = (".jsonl", ".json")
 
 
 def records(source: str | Path) -> Iterator[tuple[str, Any]]:
     """`(where, record)` for each record; `where` is its place in the source, for error messages.
 
     Args:
-        source: a `.jsonl` or `.json` file with one object per line, a `.parquet` file, a directory written by
-            `Dataset.save_to_disk`, or the name of a set for `datasets.load_dataset`. For the last two a split can
-            follow a colon, `NAME:SPLIT`; the default is `train`.
+        source: a `.jsonl` or `.json` file in UTF-8, with one object a line or one array of objects, also with `.gz`
+            behind its name; a `.parquet` file; a `.txt` file, of which each line that is not empty is a record
+            `{"prompt": line}`; a directory written by `Dataset.save_to_disk`; or the name of a set for
+            `datasets.load_dataset`. For the last two, a split or a configuration and a split can follow after colons:
+            `NAME:SPLIT`, `NAME:CONFIG:SPLIT`; the default is the split `train`.
 
     Raises:
         ValueError: the source is another kind of file, or is malformed.
     """
     path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        yield from _json_lines(path)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if path.is_dir() or not (path.is_file() or suffix in (*_JSON, ".txt", ".parquet")):
+        yield from _dataset(str(source))
+    elif not path.exists():
+        raise ValueError(f"{path} does not exist")
+    elif suffix in _JSON or suffix == ".txt":
+        yield from _lines(path, suffix)
     elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                rows = (row for batch in file.iter_batches(256) for row in batch.to_pylist())
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
-        except pa.ArrowException as error:
-            raise ValueError(f"{path} is not a readable Parquet file ({error})") from None
-    elif path.is_file():
-        raise ValueError(f"{path}: its name must end in .jsonl, .json or .parquet, which tells its format")
+        yield from _parquet(path)
     else:
-        name, _, split = str(source).partition(":")
-        yield from ((f"{source}, row {number}", row) for number, row in enumerate(_dataset(name, split or "train")))
+        raise ValueError(f"{path}: its name must end in .jsonl, .json, .jsonl.gz, .txt or .parquet, for its format")
 
 
-def as_pair(where: str, record: Any) -> dict[str, Any]:
-    """Convert a record to `{"prompt", "chosen", "rejected"}`, either all strings or all lists of messages.
-
-    These forms are accepted:
-
-    - the result's form itself (TRL's explicit prompt, conversational or standard);
-    - conversations in `chosen` and `rejected` that begin with the prompt. `prompt` is missing, a string
-      (UltraFeedback-binarized, HH) or the same messages. The messages that both share become the prompt;
-    - strings without a prompt. The text that both share becomes the prompt, up to the space before the first
-      difference, as in TRL's `extract_prompt`.
-
-    Raises:
-        ValueError: the record has another form, or `chosen` and `rejected` share nothing.
-    """
-    if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
-        missing = [name for name in ("chosen", "rejected") if not isinstance(record, dict) or name not in record]
-        raise ValueError(f"{where}: missing {', '.join(missing)}. A pair needs prompt, chosen and rejected")
-    prompt, chosen, rejected = (_messages(record.get(name)) for name in ("prompt", "chosen", "rejected"))
-    for_template = {name: record[name] for name in _TEMPLATE_COLUMNS if record.get(name) is not None}
-
-    # Separate the prompt from conversations or strings that begin with it.
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        shared = _shared(chosen, rejected)
-        begun = isinstance(prompt, list) and prompt != [] and shared[: len(prompt)] == prompt
-        if prompt is None or isinstance(prompt, str) or begun:
-            if isinstance(prompt, str) and not any(_content(message) == prompt for message in shared):
-                raise ValueError(f"{where}: none of the messages that chosen and rejected share is the prompt")
-            prompt, chosen, rejected = shared, chosen[len(shared) :], rejected[len(shared) :]
-    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        length = len(_shared(chosen, rejected))
-        length -= length > 0 and chosen[length - 1] == " "
-        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
-    if not prompt:
-        raise ValueError(f"{where}: there is no prompt, and chosen and rejected do not begin with the same one")
-
-    # Check that the result has one of the two forms.
-    parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    if {type(part) for part in parts.values()} not in ({str}, {list}):
-        given = ", ".join(f"{name} is a {type(part).__name__}" for name, part in parts.items())
-        raise ValueError(f"{where}: {given}; a pair has three strings, or three lists of messages")
-    return {**parts, **for_template}
+def _lines(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
+    """Records of a text file, with or without a byte order mark."""
+    number = 1
+    try:
+        with _open(path) as file:
+            if suffix != ".txt" and _first(file) == b"[":
+                yield from _array(path, file)
+                return
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    where = f"{path}, line {number}"
+                    yield where, {"prompt": text} if suffix == ".txt" else _json(where, text)
+    except UnicodeDecodeError as error:
+        at = number + error.object[: error.start].count(b"\n")
+        encoding = "UTF-16" if 0 in error.object[:64] else "LATIN1"
+        raise ValueError(
+            f"{path}, line {at}: not UTF-8 (byte {error.object[error.start]:#04x}): convert the file, for example "
+            f"with `iconv -f {encoding} -t UTF-8`"
+        ) from None
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-                yield f"{path}, line {number}", record
+def _open(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def _dataset(name: str, split: str) -> Any:
-    import datasets
-
-    if not Path(name).is_dir() or not any(Path(name).glob("dataset*.json")):
-        return datasets.load_dataset(name, split=split)
-    saved = datasets.load_from_disk(name)
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"{name} has no split {split!r}: choose one of {', '.join(saved)}, as {name}:SPLIT")
-        return saved[split]
-    return saved
+def _first(file: BinaryIO) -> bytes:
+    """The first byte that is no space and no byte order mark; the file is then at its beginning again."""
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    file.seek(0)
+    return start
 
 
-def _messages(value: Any) -> Any:
-    """A list of messages without the keys that a Parquet column fills with null; other values as they are."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        return value
-    return [{key: inner for key, inner in message.items() if inner is not None} for message in value]
+def _array(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+    listed = _json(str(path), file.read().decode("utf-8-sig"))
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: an array of objects is needed")
+    yield from ((f"{path}, record {number}", record) for number, record in enumerate(listed))
 
 
-def _shared(a: Any, b: Any) -> Any:
-    """The common beginning of two conversations or texts, without the last message or character of the shorter one."""
-    most = min(len(a), len(b)) - 1
-    return a[: next((i for i in range(most) if a[i] != b[i]), max(most, 0))]
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also an integer of more digits than Python converts
+        raise ValueError(f"{where}: not JSON ({error})") from None
 
 
-def _content(message: Any) -> Any:
-    return message.get("content") if isinstance(message, dict) else None
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = {field.name: field.type for field in file.schema_arrow}
+            for batch in file.iter_batches(256):
+                for row in batch.to_pylist():
+                    where = f"{path}, row {number}"
+                    number += 1
+                    yield where, {name: _decoded(f"{where}, {name}", columns[name], v) for name, v in row.items()}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, row {number}: not a readable Parquet file ({error})") from None
+
+
+def _decoded(where: str, kind: Any, value: Any) -> Any:
+    """The value of a column of Arrow type `kind`, with the texts of `datasets`' feature `Json` decoded as it does."""
+    import pyarrow.types as types
+
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return _json(where, value)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_decoded(where, kind.value_type, inner) for inner in value]
+    if types.is_struct(kind):
+        return {field.name: _decoded(where, field.type, value[field.name]) for field in kind}
+    return value
+
+
+def _dataset(source: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{source} is no file, and the package `datasets` is missing for a set of that name: pip install datasets"
+        ) from None
+
+    # The name ends where the directory does, or else at the first colon.
+    name, rest = source, ""
+    while not Path(name).is_dir() and ":" in name:
+        name, _, last = name.rpartition(":")
+        rest = f"{last}:{rest}" if rest else last
+    if not Path(name).is_dir():
+        name, _, rest = source.partition(":")
+    *configuration, split = rest.split(":")
+    split = split or "train"
+    if len(configuration) > 1:
+        raise ValueError(f"{source}: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT is needed")
+    try:
+        if Path(name).is_dir() and any(Path(name).glob("dataset*.json")):
+            rows = datasets.load_from_disk(name)
+            if isinstance(rows, datasets.DatasetDict):
+                if split not in rows:
+                    raise ValueError(
+                        f"{name} has no split {split!r}: choose one of {', '.join(rows)}, as {name}:SPLIT"
+                    )
+                rows = rows[split]
+            elif rest:
+                raise ValueError(f"{name} holds one set without splits: leave out :{rest}")
+        else:
+            rows = datasets.load_dataset(name, *configuration, split=split)
+    except (ValueError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # of any class: a data set's files, its builder and the hub have many
+        raise ValueError(f"{source} cannot be loaded: {error}") from None
+    yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows))

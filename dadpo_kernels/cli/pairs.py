@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-SOURCE = "JSONL or Parquet file, or a set for `datasets` as NAME:SPLIT"
+from .data_args import SOURCE, add_data_arguments, at_least, print_changes, read
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate = actions.add_parser(
         "generate", help="sample for each prompt an answer from the teacher and one from the student"
     )
-    generate.add_argument("--prompts", required=True, metavar="SOURCE", help=f"{SOURCE}, with a column `prompt`")
+    generate.add_argument(
+        "--prompts",
+        required=True,
+        metavar="SOURCE",
+        help=f"{SOURCE}, with a column `prompt`; or a .txt file with a prompt a line",
+    )
     for name in ("teacher", "student"):
         generate.add_argument(f"--{name}", required=True, metavar="NAME|DIR")
         generate.add_argument(f"--{name}-revision", metavar="REVISION", help="branch, tag or commit on the hub")
@@ -34,14 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     generate.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     generate.add_argument("--device", default="auto", help="as in `dadpo teacher`")
     imported = actions.add_parser("import", help="convert an existing preference set to JSONL")
-    imported.add_argument(
-        "--data",
-        required=True,
-        metavar="SOURCE",
-        help=f"{SOURCE}, with TRL's columns or those of UltraFeedback-binarized",
-    )
+    add_data_arguments(imported)
+    generate.add_argument("--limit", type=at_least(1), metavar="N", help="use the first N prompts only")
     for action in (generate, imported):
-        action.add_argument("--limit", type=int, metavar="N", help="use the first N only")
         action.add_argument(
             "--out", required=True, metavar="FILE", type=Path, help="JSONL file, for `dadpo teacher --data`"
         )
@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     from ..capture.generate import write_records
-    from ..capture.pairs import read_pairs
 
-    pairs = read_pairs(args.data, args.limit)
+    pairs = read(args)
     write_records(args.out, pairs)
     print(f"{args.out}: {len(pairs)} pairs")
+    print_changes(pairs.notes, pairs.refused)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The forms and sources of preference sets, and pairs of sampled answers."""
 
+import gzip
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dadpo_kernels.cache.errors import CacheSettingsError
+from dadpo_kernels.capture.forms import as_pair
 from dadpo_kernels.capture.generate import Sampling, generate_answers, make_pairs
 from dadpo_kernels.capture.pairs import read_pairs, read_prompts, tokenize_pairs
-from dadpo_kernels.capture.sources import as_pair
 from dadpo_kernels.cli.main import main
 from tests.capture.test_local import processes  # noqa: F401  # a fixture
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
@@ -51,7 +52,7 @@ WHOLE = {"chosen": [user("a"), assistant("good")], "rejected": [user("a"), assis
             {"prompt": "say a", "chosen": " good", "rejected": " bad"},
         ),
         ({"chosen": "say good", "rejected": "say get"}, {"prompt": "say g", "chosen": "ood", "rejected": "et"}),
-        ({**CHAT, "tools": "[]", "x": 1}, {**CHAT, "tools": "[]"}),
+        ({**CHAT, "tools": '[{"name": "f"}]', "x": 1}, {**CHAT, "tools": [{"name": "f"}]}),
         ({**CHAT, "prompt": [{**user("a"), "tool_calls": None}]}, CHAT),  # as Parquet fills a column of messages
         (
             {"prompt": "a", "chosen": WHOLE["chosen"], "rejected": WHOLE["chosen"]},
@@ -67,7 +68,7 @@ def test_forms(record, expected):
     ("record", "message"),
     [
         ({"prompt": "a", "chosen": "b"}, "line 3: missing rejected"),
-        ("text", "line 3: missing chosen, rejected"),
+        ("text", "line 3: a str is not an object"),
         ({**WHOLE, "prompt": "other"}, "none of the messages that chosen and rejected share is the prompt"),
         ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "there is no prompt"),
         ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
@@ -125,15 +126,127 @@ def test_jsonl_parquet_and_datasets_give_the_same(tmp_path, monkeypatch):
     assert calls == [(("owner/name",), {"split": "test"})]
 
 
-def test_unreadable_files(tmp_path):
-    for name, message in (
-        ("pairs.csv", "must end in .jsonl"),
-        ("pairs.parquet", "not a readable Parquet file"),
-        ("a.json", "not JSON"),
-    ):
-        (tmp_path / name).write_bytes(b"PAR1 no")
-        with pytest.raises(ValueError, match=message):
-            read_pairs(tmp_path / name)
+def parquet_of_datasets(path, records):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"prompt": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})}
+        | {name: datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+           for name in ("chosen", "rejected")}
+        | {"tools": datasets.List({"name": datasets.Value("string"), "parameters": datasets.Json()})}
+    )  # fmt: skip
+    datasets.Dataset.from_list(records, features=features).to_parquet(str(path))
+
+
+def test_what_parquet_fills_in_is_not_read(tmp_path):
+    """Rows with different keys, and texts of `datasets`' feature Json, are as in JSONL."""
+    tools = [{"city": {"type": "string"}}, {"day": {"type": "integer", "enum": [1, None]}}]
+    records = [{**CHAT, "tools": [{"name": "f", "parameters": parameters}]} for parameters in tools]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "pairs.parquet")
+    parquet_of_datasets(tmp_path / "json.parquet", records)
+    assert "day" in str(pq.read_table(tmp_path / "pairs.parquet")["tools"][0])  # null, from the other row
+    assert isinstance(pq.read_table(tmp_path / "json.parquet")["tools"][0].as_py()[0]["parameters"], str)
+    for name in ("pairs.jsonl", "pairs.parquet", "json.parquet"):
+        assert read_pairs(tmp_path / name) == records, name
+
+
+def test_json_files(tmp_path):
+    records = chat_records(3)
+    lines = "\n".join(map(json.dumps, records)).encode()
+    array = json.dumps(records, indent=1).encode()
+    files = {
+        "array.json": array,
+        "lines.json": lines,
+        "bom.jsonl": b"\xef\xbb\xbf" + lines,
+        "bom.json": b"\xef\xbb\xbf \n" + array,
+        "lines.jsonl.gz": gzip.compress(lines),
+        "array.json.gz": gzip.compress(array),
+        "windows.jsonl": lines.replace(b"\n", b"\r\n"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        pairs = read_pairs(tmp_path / name)
+        assert pairs == records, name
+        assert (
+            pairs.where[1]
+            == f"{tmp_path / name}, {'record 1' if name.startswith('array') or name == 'bom.json' else 'line 2'}"
+        )
+
+
+def test_names_of_sets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    records = chat_records(3)
+    table = datasets.Dataset.from_list(records)
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "a:b")
+    assert read_pairs(f"{tmp_path}/a:b") == records
+    assert read_pairs(f"{tmp_path}/a:b:test") == records[1:2]
+    calls = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: calls.append((*names, split)) or table)
+    for source in ("owner/name", "owner/name:test", "owner/name:config:test", "owner/name:config:"):
+        assert read_pairs(source) == records
+    assert calls == [
+        ("owner/name", "train"),
+        ("owner/name", "test"),
+        ("owner/name", "config", "test"),
+        ("owner/name", "config", "train"),
+    ]
+    with pytest.raises(ValueError, match="NAME:CONFIG:SPLIT is needed"):
+        read_pairs("a:b:c:d")
+
+    def failing(*names, split):
+        raise datasets.exceptions.DatasetGenerationError("no such column")
+
+    monkeypatch.setattr(datasets, "load_dataset", failing)
+    with pytest.raises(ValueError, match="owner/name cannot be loaded: no such column"):
+        read_pairs("owner/name")
+    table.save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="holds one set without splits: leave out :test"):
+        read_pairs(f"{tmp_path}/one:test")
+
+
+BAD_FILES = {
+    "pairs.csv": (b"a,b", "must end in .jsonl"),
+    "pairs.parquet": (b"PAR1 no", "not a readable Parquet file"),
+    "a.json": (b"PAR1 no", "line 1: not JSON"),
+    "array.json": (b'[{"prompt": "a"', "array.json: not JSON"),
+    "cut.jsonl.gz": (gzip.compress(b'{"prompt": "a"}')[:-4], "cannot be read"),
+    "no.jsonl.gz": (b"{}", "cannot be read"),
+    "latin.jsonl": (
+        '{"prompt": "a", "chosen": "b", "rejected": "c"}\n"é"'.encode("latin-1"),
+        r"line 2: not UTF-8 \(byte 0xe9\).*iconv -f LATIN1",
+    ),
+    "latin.json": ('[\n\n"é"]'.encode("latin-1"), "line 3: not UTF-8"),
+    "utf16.jsonl": ('{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8.*iconv -f UTF-16"),
+    "digits.jsonl": (b"1" * 5000, "line 1: not JSON .*digits"),
+    "deep.jsonl": (b"[" * 100_000, "not JSON"),
+    "empty.jsonl": (b"", "has no pairs"),
+    "number.jsonl": (b"7", "line 1: a int is not an object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_unreadable_files(tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_pairs(tmp_path / name)
+
+
+def test_missing_files_and_limits(tmp_path):
+    with pytest.raises(ValueError, match=r"not here.jsonl does not exist"):
+        read_pairs(tmp_path / "not here.jsonl")
+    for read in (read_pairs, read_prompts):
+        with pytest.raises(ValueError, match="limit must be at least 1, got -1"):
+            read(tmp_path / "x.jsonl", limit=-1)
+
+
+def test_prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Why?\n\n  How?\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["Why?", "How?"]
+    for record in ({"prompt": ""}, {"prompt": []}, {"x": 1}, 7):
+        (tmp_path / "prompts.jsonl").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match="line 1: prompt must be a string or a list of messages"):
+            read_prompts(tmp_path / "prompts.jsonl")
 
 
 def test_import_command(tmp_path, capsys):
