@@ -6,12 +6,11 @@ is about token j and `target_mask` follows `labels[j]`; in those of newer ones, 
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .scored import Reader, Scored, TeacherDataError, columns, entries, integers, matrix, one_later
+from .scored import Scored, TeacherDataError, columns, entries, integers, learned, matrix, one_later
 
 LOST = (
     "axolotl scales the log-probabilities to its kd_temperature and renormalises them over the top k: the mass "
@@ -20,25 +19,19 @@ LOST = (
 )
 
 
-def reader(source: Path, tokenizer: Any, compression_config: Path | None) -> Reader:
-    return read
-
-
 def read(where: str, record: Any) -> Iterator[Scored]:
-    ids, labels, *targets = columns(
+    ids, _, *targets = columns(
         where, record, "input_ids", "labels", "target_token_ids", "target_logprobs", "target_mask"
     )
-    ids, labels = integers(where, "input_ids", ids), integers(where, "labels", labels)
+    ids = integers(where, "input_ids", ids)
+    is_learned = learned(where, record, ids)
     topk_ids, topk_logps = entries(where, ("target_token_ids", targets[0]), ("target_logprobs", targets[1]), len(ids))
     mask = matrix(where, "target_mask", targets[2], len(ids), kinds="iub", fill=0) != 0
-    if len(labels) != len(ids) or mask.shape != topk_ids.shape or len(ids) < 2:
+    if mask.shape != topk_ids.shape or len(ids) < 2:
         raise TeacherDataError(
-            f"{where}: {len(ids)} input_ids, {len(labels)} labels, {list(topk_ids.shape)} target_token_ids and "
-            f"{list(mask.shape)} values in target_mask do not belong together"
+            f"{where}: {len(ids)} input_ids, {list(topk_ids.shape)} target_token_ids and {list(mask.shape)} values in "
+            "target_mask do not belong together"
         )
-    learned = labels != -100
-    if (labels != ids)[learned].any():
-        raise TeacherDataError(f"{where}: labels has other tokens than input_ids")
     positions = record.get("position_ids")
     if positions is not None and (integers(where, "position_ids", positions) != np.arange(len(ids))).any():
         raise TeacherDataError(
@@ -51,9 +44,9 @@ def read(where: str, record: Any) -> Iterator[Scored]:
     has_row = mask.any(1)
     unknown = np.full(len(ids), np.nan)
     fitting = []
-    if not (has_row & ~learned).any():
+    if not (has_row & ~is_learned).any():
         fitting.append(Scored(ids, has_row, topk_ids, topk_logps, unknown))
-    if not has_row[-1] and not (has_row[:-1] & ~learned[1:]).any():
+    if not has_row[-1] and not (has_row[:-1] & ~is_learned[1:]).any():
         moved = (one_later(has_row, False), one_later(topk_ids, 0), one_later(topk_logps, -np.inf))
         fitting.append(Scored(ids, *moved, unknown))
     fitting.sort(key=Scored.hits)

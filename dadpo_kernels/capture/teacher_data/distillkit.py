@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .packed import Packing, read_packing, unpack_ids, unpack_logps
-from .scored import NO_ENTRY, Reader, Scored, TeacherDataError, columns, integers, matrix
+from .scored import NO_ENTRY, Reader, Scored, TeacherDataError, columns, integers, learned, matrix
 
 LOST = (
     "entries after the first exact_k are the values of a fit, which a --k up to exact_k leaves out, and all are as "
@@ -47,8 +47,8 @@ def reader(source: Path, tokenizer: Any, compression_config: Path | None) -> Rea
 def _sequence(where: str, record: Any, packing: Packing, pad: int | None) -> Scored:
     if isinstance(record, dict) and "compressed_logprobs" not in record and "coeffs" in record:
         raise TeacherDataError(
-            f"{where}: packed_indices, exact_values and coeffs are DistillKit's legacy format. It holds logits less "
-            "their mean, from which log-probabilities cannot be computed: capture again"
+            f"{where}: packed_indices, exact_values and coeffs are DistillKit's legacy format. Its values can be logits "
+            "less their mean, of which no log-probabilities can be made: capture again"
         )
     names = ("input_ids", "compressed_logprobs", "bytepacked_indices")
     ids, values, indices = columns(where, record, *names)
@@ -66,16 +66,8 @@ def _sequence(where: str, record: Any, packing: Packing, pad: int | None) -> Sco
         )
 
     # The tokens that are learned.
-    is_target = np.arange(len(ids)) > 0
+    is_target = learned(where, record, ids)
     is_target[-1] &= pad is None or ids[-1] != pad
-    if (labels := record.get("labels")) is not None:
-        if len(labels := integers(where, "labels", labels)) != len(ids):
-            raise TeacherDataError(f"{where}: {len(labels)} labels for {len(ids)} tokens")
-        is_target &= labels >= 0
-    if (attended := record.get("attention_mask")) is not None and not integers(
-        where, "attention_mask", attended
-    ).all():
-        raise TeacherDataError(f"{where}: attention_mask has zeros: take the padding away from all columns")
 
     # Bring a sum that the packing has pushed above one back to it.
     with np.errstate(over="ignore"):

@@ -1,7 +1,6 @@
 """Writes teacher data of other frameworks to a cache, after it has checked every value."""
 
 import hashlib
-import importlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -20,10 +19,11 @@ from ...cache.vocabulary import VOCABULARY, vocabulary, vocabulary_file
 from ..pairs import TokenizedPairs
 from ..sources import records
 from ..teacher import teacher_settings
+from . import axolotl, distillkit, trl, verl
 from .answers import Answer, answers
 from .scored import Scored, TeacherDataError
 
-FORMATS = ("axolotl", "distillkit", "trl", "verl")
+_MODULES: dict[str, Any] = {"axolotl": axolotl, "distillkit": distillkit, "trl": trl, "verl": verl}
 _DTYPES = {"label_logps": "<f4", "topk_ids": "<i4", "topk_logps": "<f4", "topk_tail": "<f4"}
 # Probabilities that sum to one this closely at this share of all positions were renormalised: a teacher leaves more
 # than that outside its top k at some of them.
@@ -76,7 +76,7 @@ def import_teacher_data(
 
     Args:
         source: see `sources.records`, or a directory of Parquet files, which are read in the order of their numbers.
-        data_format: one of `FORMATS`; the module of this name says which columns it needs.
+        data_format: axolotl, distillkit, trl or verl; the module of this name says which columns it needs.
         tokenizer: of teacher and student.
         vocab_size: of the teacher's LM head.
         model: the teacher's name, for people.
@@ -95,16 +95,19 @@ def import_teacher_data(
         ValueError: an argument is wrong, or the source or its configuration cannot be read.
         CacheError: `out` holds another cache.
     """
-    if data_format not in FORMATS:
-        raise ValueError(f"format {data_format!r}: choose one of {', '.join(FORMATS)}")
+    if data_format not in _MODULES:
+        raise ValueError(f"format {data_format!r}: choose one of {', '.join(_MODULES)}")
     if compression_config is not None and data_format != "distillkit":
         raise ValueError(f"a compression configuration belongs to the format distillkit, not to {data_format}")
     for name, number in (("limit", limit), ("k", k)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    module = importlib.import_module(f".{data_format}", __package__)
-    read = module.reader(Path(source), tokenizer, None if compression_config is None else Path(compression_config))
-
+    module = _MODULES[data_format]
+    if module is distillkit:
+        config = None if compression_config is None else Path(compression_config)
+        read = distillkit.reader(Path(source), tokenizer, config)
+    else:
+        read = module.read
     lost = (*module.LOST, _ONE_SIDE)
 
     # Check everything once, and keep the targets in a file without a name until it is known how to order them.
@@ -201,7 +204,7 @@ class _Survey:
     def add(self, scored: Scored) -> None:
         for offset in self._hits:
             self._hits[offset] += scored.hits(offset)
-        logps = scored.topk_logps[scored.is_target]
+        logps = scored.topk_logps[1:][scored.is_target[1:]]
         self._positions += len(logps)
         if logps.shape[1] < self._vocab_size:
             with np.errstate(over="ignore"):

@@ -47,7 +47,9 @@ def columns(where: str, record: Any, *names: str) -> list[Any]:
     missing = [name for name in names if not isinstance(record, Mapping) or record.get(name) is None]
     if missing:
         given = ", ".join(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
-        raise TeacherDataError(f"{where}: {', '.join(missing)} missing; the record has: {given[:200] or 'nothing'}")
+        raise TeacherDataError(
+            f"{where}: missing or null: {', '.join(missing)}; the record has: {given[:200] or 'nothing'}"
+        )
     return [record[name] for name in names]
 
 
@@ -57,6 +59,23 @@ def integers(where: str, name: str, value: Any) -> np.ndarray:
     if array is None or array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
         raise TeacherDataError(f"{where}: {name} must be a list of integers")
     return array.astype(np.int64)
+
+
+def learned(where: str, record: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    """Which tokens the column `labels` asks to learn, bool `[S]`; all of them without that column.
+
+    Raises:
+        TeacherDataError: the labels are other tokens than `ids`, or `attention_mask` tells of padding.
+    """
+    attended = record.get("attention_mask")
+    if attended is not None and not integers(where, "attention_mask", attended).all():
+        raise TeacherDataError(f"{where}: attention_mask has zeros: take the padding away from all columns")
+    if record.get("labels") is None:
+        return np.full(len(ids), True)
+    labels = integers(where, "labels", record["labels"])
+    if len(labels) != len(ids) or (labels != ids)[labels >= 0].any():
+        raise TeacherDataError(f"{where}: labels must be the {len(ids)} tokens of input_ids, or -100")
+    return labels >= 0
 
 
 def lists(where: str, name: str, value: Any, length: int | None = None) -> list[Any]:

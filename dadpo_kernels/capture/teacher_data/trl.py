@@ -6,22 +6,17 @@ A record is one call: the arguments `sequences` (prompt and completion) and `pro
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .scored import NO_ENTRY, Reader, Scored, TeacherDataError, columns, entries, integers, lists, matrix
+from .scored import NO_ENTRY, Scored, TeacherDataError, columns, entries, integers, lists, matrix
 
 LOST = (
     "the mass outside the top k is one minus the mass inside, as fine as the server's float32",
     "the temperature is not in the data: it must have been 1, or the server must report raw log-probabilities",
 )
 _RETURNED = ("logprobs", "logprob_token_ids", "actual_logprobs", "actual_token_ids")
-
-
-def reader(source: Path, tokenizer: Any, compression_config: Path | None) -> Reader:
-    return read
 
 
 def read(where: str, record: Any) -> Iterator[Scored]:

@@ -7,21 +7,16 @@ A record is one sequence of a batch: `input_ids` and `attention_mask` `[S]`, pad
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .scored import Reader, Scored, TeacherDataError, columns, entries, integers, one_later
+from .scored import Scored, TeacherDataError, columns, entries, integers, one_later
 
 LOST = (
     "the mass outside the top k is one minus the mass inside, as fine as the server's float32",
     "verl drops the log-probability of a realised token outside the top k",
 )
-
-
-def reader(source: Path, tokenizer: Any, compression_config: Path | None) -> Reader:
-    return read
 
 
 def read(where: str, record: Any) -> Iterator[Scored]:

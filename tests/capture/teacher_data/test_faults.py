@@ -27,11 +27,11 @@ def set_(name, value):
 
 
 FAULTS = [
-    ("axolotl", set_("labels", None), "labels missing; the record has: input_ids, labels"),
+    ("axolotl", set_("labels", None), "missing or null: labels; the record has: input_ids"),
     ("axolotl", set_("labels", [-100] * 24), "target_mask fits labels neither"),
-    ("axolotl", set_(("labels", 9), 5), "labels has other tokens than input_ids"),
+    ("axolotl", set_(("labels", 9), 5), "labels must be the 24 tokens of input_ids"),
     ("axolotl", set_("position_ids", [*range(12), *range(12)]), "several sequences are packed"),
-    ("axolotl", set_("input_ids", list(range(5))), "target_token_ids has 24 rows, 5 are needed"),
+    ("axolotl", set_("target_token_ids", [[1] * 8] * 5), "target_token_ids has 5 rows, 24 are needed"),
     ("axolotl", set_("input_ids", "12 3"), "input_ids must be a list of integers"),
     ("axolotl", set_("input_ids", [1.5] * 24), "input_ids must be a list of integers"),
     ("axolotl", set_(("input_ids", 2), 10**30), "input_ids must be a list of integers"),
@@ -60,6 +60,9 @@ FAULTS = [
     ("distillkit", set_(("bytepacked_indices", 3, 0), 256), "bytepacked_indices holds values that are not bytes"),
     ("distillkit", set_("compressed_logprobs", []), "0 rows of compressed_logprobs for 24 tokens"),
     ("distillkit", set_("attention_mask", [0] * 24), "attention_mask has zeros"),
+    ("distillkit", set_("labels", [5] * 24), "labels must be the 24 tokens of input_ids"),
+    ("distillkit", set_("labels", [5] * 3), "labels must be the 24 tokens of input_ids"),
+    ("axolotl", set_("attention_mask", [1] * 23 + [0]), "attention_mask has zeros"),
 ]  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def test_faults_are_refused_with_their_place(data_format, change, message, tmp_p
 @pytest.mark.parametrize("record", ["text", 5, None, {}])
 @pytest.mark.parametrize("data_format", MAKE)
 def test_records_of_another_kind(data_format, record, tmp_path):
-    with pytest.raises(TeacherDataError, match=r"line 1: .* missing; the record has:"):
+    with pytest.raises(TeacherDataError, match=r"line 1: missing or null: .*; the record has:"):
         run(tmp_path, data_format, [record])
 
 

@@ -175,3 +175,10 @@ def test_again_does_nothing_and_other_data_are_refused(tmp_path):
 def test_arguments(options, tmp_path):
     with pytest.raises(ValueError, match=r"at least 1|belongs to the format distillkit|choose one of"):
         run(tmp_path, **{"data_format": "verl", "records": [foreign.verl(foreign.scored())], **options})
+
+
+def test_distillkit_labels(tmp_path):
+    sequence = foreign.scored()
+    labels = np.where(sequence.learned, sequence.ids, -100).tolist()
+    run(tmp_path, "distillkit", [{**foreign.distillkit(sequence), "labels": labels}])
+    assert_true(rows(tmp_path)[0], sequence, 8, 7)
