@@ -47,8 +47,8 @@ def reader(source: Path, tokenizer: Any, compression_config: Path | None) -> Rea
 def _sequence(where: str, record: Any, packing: Packing, pad: int | None) -> Scored:
     if isinstance(record, dict) and "compressed_logprobs" not in record and "coeffs" in record:
         raise TeacherDataError(
-            f"{where}: packed_indices, exact_values and coeffs are DistillKit's legacy format. Its values can be logits "
-            "less their mean, of which no log-probabilities can be made: capture again"
+            f"{where}: packed_indices, exact_values and coeffs are DistillKit's legacy format. Its values can be "
+            "logits less their mean, of which no log-probabilities can be made: capture again"
         )
     names = ("input_ids", "compressed_logprobs", "bytepacked_indices")
     ids, values, indices = columns(where, record, *names)
