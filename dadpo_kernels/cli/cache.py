@@ -1,13 +1,13 @@
-"""Checks a cache, summarises what it holds, or writes a copy with a smaller k or for a smaller vocabulary."""
+"""Checks a cache, summarises it, writes a converted copy, or makes one of another framework's teacher data."""
 
 import argparse
 from pathlib import Path
 
-from .model_args import print_summary
+from .model_args import is_first_process, print_summary
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="verify|info|convert")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="verify|info|convert|import")
     verify = actions.add_parser(
         "verify", help="check all files and values; the exit status is 1 if there is a problem"
     )
@@ -29,10 +29,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="vocabulary size of the student's LM head: larger ids go to the tail",
     )
     convert.add_argument("--shard-tokens", type=int, metavar="N", help="answer tokens per file")
+    _configure_import(actions.add_parser("import", help="make a cache of what another framework's teacher has scored"))
+
+
+def _configure_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE", help="JSONL, Parquet, a directory of Parquet files, or a set for `datasets`"
+    )
+    parser.add_argument("--format", required=True, choices=("axolotl", "distillkit", "trl", "verl"))
+    parser.add_argument(
+        "--model", required=True, metavar="NAME|DIR", help="the teacher, for its tokenizer and vocabulary size"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path)
+    parser.add_argument("--k", type=int, help="entries per position (default: as many as all positions have)")
+    parser.add_argument("--limit", type=int, metavar="N", help="read the first N records only")
+    parser.add_argument(
+        "--on-error", default="stop", choices=("stop", "skip"), help="what to do with a record that cannot be used"
+    )
+    parser.add_argument(
+        "--label-bound",
+        action="store_true",
+        help="store an upper bound where the log-probability of a realised token is not in the data",
+    )
+    parser.add_argument(
+        "--compression-config",
+        metavar="FILE",
+        type=Path,
+        help="of distillkit (default: compression_config.yaml beside the data)",
+    )
+    parser.add_argument(
+        "--shard-tokens", type=int, default=65536, metavar="N", help="answer tokens per file (default %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"verify": _verify, "info": _info, "convert": _convert}[args.action](args)
+    return {"verify": _verify, "info": _info, "convert": _convert, "import": _import}[args.action](args)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -75,4 +107,36 @@ def _convert(args: argparse.Namespace) -> int:
         progress=True,
     )
     print_summary(args.out, manifest)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ..capture.load import load_tokenizer, vocabulary_size
+    from ..capture.teacher_data.importing import import_teacher_data
+
+    result = import_teacher_data(
+        args.source,
+        args.out,
+        data_format=args.format,
+        tokenizer=load_tokenizer(args.model, revision=args.revision),
+        vocab_size=vocabulary_size(args.model, revision=args.revision),
+        model=args.model,
+        compression_config=args.compression_config,
+        k=args.k,
+        limit=args.limit,
+        on_error=args.on_error,
+        label_bound=args.label_bound,
+        shard_tokens=args.shard_tokens,
+        progress=is_first_process(),
+    )
+    if is_first_process():
+        print(f"{result.records} records read, {len(result.skipped)} skipped; k={result.manifest.settings['k']}")
+        for reason in result.skipped[:10]:
+            print(f"  skipped: {reason}")
+        print("Not in these data:")
+        for line in result.lost:
+            print(f"  - {line}")
+        if result.bounded:
+            print(f"  - the log-probability of {result.bounded} of {result.tokens} realised tokens: a bound is stored")
+    print_summary(args.out, result.manifest)
     return 0

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from dadpo_kernels.cli.main import COMMANDS, main
-from tests.support import vllm_server
+from tests.support import foreign, vllm_server
 from tests.support.tiny import TEMPLATE, chat_records, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,6 +46,7 @@ def made(tmp_path_factory):
     (root / "prompts.txt").write_text("the teacher reads\na long answer\n")
     (root / "template.jinja").write_text(TEMPLATE)
     datasets.DatasetDict({"train": datasets.Dataset.from_list(records)}).save_to_disk(root / "set")
+    (root / "scored.jsonl").write_text(json.dumps(foreign.trl([foreign.scored()])))
     (root / "config.yaml").write_text(
         "model: student\ncache: cache\noutput_dir: run\nmax_steps: 1\nper_device_train_batch_size: 2\n"
         "beta_ref: 0.1\nkl_weight: 1.0\nreport_to: none\nuse_cpu: true\n"
