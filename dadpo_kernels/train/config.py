@@ -41,6 +41,7 @@ class DaDPOConfig(LossOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the columns are the collator's, not the model's
+        self.logging_nan_inf_filter = False  # a loss that is not finite stops the run, and is never logged as another
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 asks for it by name
         super().__post_init__()
         check_options(vars(self), defaults_of(DaDPOConfig), REFUSED_OPTIONS)
