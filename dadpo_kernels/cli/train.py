@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
     sources, config = parse_config(args.config, args.overrides)
 
     from transformers import AutoModelForCausalLM, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from ..cache.dataset import PairDataset
     from ..capture.load import load_tokenizer
@@ -104,11 +103,10 @@ def run(args: argparse.Namespace) -> int:
 
     # Train, from the last checkpoint if there is one.
     trainer = DaDPOTrainer(model, config, pairs(sources.cache), evaluation, tokenizer)
-    out = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint or (get_last_checkpoint(out) if out.is_dir() else None)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    metrics["tokens_per_second"] = trainer.tokens_seen / metrics["train_runtime"]
-    trainer.save_metrics("train", metrics, combined=False)
+    metrics = trainer.train(config.resume_from_checkpoint or trainer.last_checkpoint()).metrics
+    if trainer.tokens_seen:  # else the run was stopped after its last step, and these are no metrics of it
+        metrics["tokens_per_second"] = trainer.tokens_seen / metrics["train_runtime"]
+        trainer.save_metrics("train", metrics, combined=False)
 
     # Evaluate and save.
     if evaluation is not None:
