@@ -80,6 +80,15 @@ class CheckedTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is no metric of the evaluation: choose "
+                f"one of {', '.join(metrics)}"
+            ) from error
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The parent's, then the list of its files; only then are older checkpoints deleted."""
         run = self._get_output_dir(trial)

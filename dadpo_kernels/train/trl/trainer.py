@@ -28,7 +28,7 @@ from ...losses.options import Sides
 from ...losses.targets import TeacherTargets
 from ...ops.run import Run
 from ...ops.selected_logps import SelectedLogps
-from ..arguments import REFUSED, Refused, check_options, defaults_of, named_sets
+from ..arguments import RANGES, REFUSED, Range, Refused, check_options, check_ranges, defaults_of, named_sets
 from ..checked import CheckedTrainer
 from ..live_metrics import LiveMetrics
 from ..options import TeacherOptions
@@ -65,6 +65,16 @@ REFUSED_OPTIONS = REFUSED | {
     "ref_model_sync_steps": _together_with("sync_ref_model"),
     "sync_ref_model": Refused("beta=0 uses no reference: set it to False", lambda options: options["beta"] > 0),
 }
+_RANGES = {
+    "dataset_num_proc": Range(1),
+    "ld_alpha": Range(0, 1),
+    "max_length": Range(1),
+    "pad_to_multiple_of": Range(1),
+    "precompute_ref_batch_size": Range(1),
+    "ref_model_mixup_alpha": Range(0, 1),
+    "ref_model_sync_steps": Range(1),
+    "router_aux_loss_coef": Range(0),
+}
 
 
 @dataclass
@@ -83,6 +93,7 @@ class TRLDaDPOConfig(TeacherOptions, DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), defaults_of(TRLDaDPOConfig), RANGES | _RANGES)
         self.logging_nan_inf_filter = False  # a loss that is not finite stops the run, and is never logged as another
         super().__post_init__()
         check_options(vars(self), defaults_of(TRLDaDPOConfig), REFUSED_OPTIONS)
