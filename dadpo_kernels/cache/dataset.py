@@ -131,10 +131,11 @@ class PairDataset(Dataset[dict[str, Any]]):
 class PairCollator:
     """Makes a batch from items of `PairDataset`: all chosen sequences, then all rejected ones, padded on the right.
 
-    The batch holds `input_ids`, `attention_mask`, `labels` (int64 `[2B, S]`, labels aligned with the positions that
-    predict them, -100 elsewhere), `teacher_label_logps`, `teacher_topk_tail` (float32 `[2B, S]`), `teacher_topk_ids`
-    (int32 `[2B, S, K]`), `teacher_topk_logps` (float32 `[2B, S, K]`), and `ref_logps` (float32 `[2B]`) if the items
-    have reference log-probabilities. At positions without a label, the teacher's tensors hold 0.
+    The batch holds `index` (int64 `[B]`, the pairs' numbers in their source), `input_ids`, `attention_mask`, `labels`
+    (int64 `[2B, S]`, labels aligned with the positions that predict them, -100 elsewhere), `teacher_label_logps`,
+    `teacher_topk_tail` (float32 `[2B, S]`), `teacher_topk_ids` (int32 `[2B, S, K]`), `teacher_topk_logps` (float32
+    `[2B, S, K]`), and `ref_logps` (float32 `[2B]`) if the items have reference log-probabilities. At positions without
+    a label, the teacher's tensors hold 0.
 
     Args:
         pad_token_id: value of `input_ids` outside the sequences, which the model does not attend to.
@@ -146,7 +147,8 @@ class PairCollator:
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         pairs: list[Pair] = [item["pair"] for item in items]
         input_ids, attention_mask, labels = pad_pairs(pairs, self.pad_token_id)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        index = torch.tensor([pair.index for pair in pairs])
+        batch = {"index": index, "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         valid = labels != -100
         for name, dtype in (
             ("label_logps", torch.float32),

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..losses.linear_loss import LinearDaDPOLoss
-from .arguments import REFUSED, Refused, check_options, defaults_of
+from .arguments import RANGES, REFUSED, Refused, check_options, check_ranges, defaults_of
 from .options import LossOptions
 
 _LENGTHS = "a cache does not list its pairs' lengths (a shard's are similar): leave it out, or choose 'sequential'"
@@ -36,11 +36,14 @@ class DaDPOConfig(LossOptions, TrainingArguments):
     With both betas 0 there is no preference term: `sft_weight` and `kl_weight` then make a distilled-SFT stage.
 
     Raises:
-        ValueError: an option of TrainingArguments that would have no effect (`REFUSED_OPTIONS`).
+        ValueError: an option of TrainingArguments that would have no effect (`REFUSED_OPTIONS`), or a number that is
+            out of range (`RANGES`).
     """
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), defaults_of(DaDPOConfig), RANGES)
         self.remove_unused_columns = False  # the columns are the collator's, not the model's
+        self.logging_nan_inf_filter = False  # a loss that is not finite stops the run, and is never logged as another
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # bf16 asks for it by name
         super().__post_init__()
         check_options(vars(self), defaults_of(DaDPOConfig), REFUSED_OPTIONS)

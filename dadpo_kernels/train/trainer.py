@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..cache.dataset import PairCollator, PairDataset
 from ..cache.sampler import ShardSampler
@@ -16,6 +16,7 @@ from ..losses.targets import TeacherTargets
 from ..models.distributed import check_head, check_parallelism, loss_in_forward, mask_repeated_pairs
 from ..ops.head import Head
 from .arguments import Refused, check_options, named_sets
+from .checked import CheckedTrainer
 from .config import DaDPOConfig
 from .live_metrics import LiveMetrics
 
@@ -29,7 +30,7 @@ REFUSED_ARGUMENTS = {
 }
 
 
-class DaDPOTrainer(Trainer):
+class DaDPOTrainer(CheckedTrainer):
     """Trains a causal LM on pairs with cached teacher targets; `model(...).logits` is never computed.
 
     The loss of an optimizer step is that of all its pairs together: the gradients of its micro-batches add up to the
@@ -155,6 +156,7 @@ class DaDPOTrainer(Trainer):
             out = loss_in_forward(model, inner, {"input_ids": ids, "attention_mask": attention_mask}, loss)
         metrics = {k: v for k, v in out.metrics.items() if not (self.chosen_only and k.startswith("logps/"))}
         if model.training:
+            self._watch(out.loss, inputs)
             for name, value in metrics.items():
                 self._metrics[name] = self._metrics.get(name, 0) + value
         return (out.loss, metrics) if return_outputs else out.loss

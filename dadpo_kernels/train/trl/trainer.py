@@ -28,7 +28,8 @@ from ...losses.options import Sides
 from ...losses.targets import TeacherTargets
 from ...ops.run import Run
 from ...ops.selected_logps import SelectedLogps
-from ..arguments import REFUSED, Refused, check_options, defaults_of, named_sets
+from ..arguments import RANGES, REFUSED, Range, Refused, check_options, check_ranges, defaults_of, named_sets
+from ..checked import CheckedTrainer
 from ..live_metrics import LiveMetrics
 from ..options import TeacherOptions
 from .dataset import PairPreferenceCollator, as_trl_dataset, cached_pairs
@@ -64,6 +65,16 @@ REFUSED_OPTIONS = REFUSED | {
     "ref_model_sync_steps": _together_with("sync_ref_model"),
     "sync_ref_model": Refused("beta=0 uses no reference: set it to False", lambda options: options["beta"] > 0),
 }
+_RANGES = {
+    "dataset_num_proc": Range(1),
+    "ld_alpha": Range(0, 1),
+    "max_length": Range(1),
+    "pad_to_multiple_of": Range(1),
+    "precompute_ref_batch_size": Range(1),
+    "ref_model_mixup_alpha": Range(0, 1),
+    "ref_model_sync_steps": Range(1),
+    "router_aux_loss_coef": Range(0),
+}
 
 
 @dataclass
@@ -82,6 +93,8 @@ class TRLDaDPOConfig(TeacherOptions, DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), defaults_of(TRLDaDPOConfig), RANGES | _RANGES)
+        self.logging_nan_inf_filter = False  # a loss that is not finite stops the run, and is never logged as another
         super().__post_init__()
         check_options(vars(self), defaults_of(TRLDaDPOConfig), REFUSED_OPTIONS)
         Run(self.backend, self.memory_budget, self.grad_tolerance)  # checks them
@@ -98,7 +111,7 @@ class TRLDaDPOConfig(TeacherOptions, DPOConfig):
             )
 
 
-class TRLDaDPOTrainer(DPOTrainer):
+class TRLDaDPOTrainer(CheckedTrainer, DPOTrainer):
     """TRL's DPOTrainer with our log-probabilities underneath and a teacher on top.
 
     All of TRL's arguments, options and metrics keep their meaning. Datasets may be TRL's, or `PairDataset`s: teacher
@@ -283,11 +296,17 @@ class TRLDaDPOTrainer(DPOTrainer):
         return super()._prepare_inputs(inputs) | send_to_device(logps, self.args.device)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        result = self._loss(model, inputs, return_outputs)
+        if self.model.training:
+            self._watch(result[0] if return_outputs else result, inputs)
+        return result
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         # The teacher and the reference, as TRL's loss takes them.
         inputs = dict(inputs)
         uses_teacher = bool(self.args.beta_teacher or self.args.kl_weight)
         teacher = TeacherTargets.from_batch(inputs) if uses_teacher else None
-        for column in TeacherTargets.columns():  # not for the model: TRL passes on what it gets
+        for column in ("index", *TeacherTargets.columns()):  # not for the model: TRL passes on what it gets
             inputs.pop(column, None)
         self._reference(inputs, teacher)
         policy_outputs: list[FusedSelectedOutput] = []
