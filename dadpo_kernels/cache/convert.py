@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .dataset import PairDataset
-from .fold import fold
-from .format import SIDES, Targets, check_pair_ids
+from .fold import fold, shared_vocabulary
+from .format import Targets, check_pair_ids
 from .pairs import Pair
 from .reader import read_tokens
 from .shard_run import TEACHER_ROWS, write_shards
@@ -53,7 +53,7 @@ def convert_cache(
     settings = dict(dataset.manifest.settings)
 
     # The student's vocabulary must contain the tokens of all pairs.
-    vocab_size = min(settings["vocab_size"], student_vocab_size or settings["vocab_size"])
+    vocab_size = shared_vocabulary(settings["vocab_size"], student_vocab_size)
     pairs = read_tokens(source, dataset.manifest)
     check_pair_ids(pairs, vocab_size)
 
@@ -62,7 +62,11 @@ def convert_cache(
         k = dataset.k
         if any(shard.max_id >= vocab_size for shard in dataset.manifest.shards):
             items = (dataset[position] for position in range(len(dataset)))
-            k = min(int((item[f"{s}_topk_ids"] < vocab_size).sum(1).min()) for item in items for s in SIDES)
+            k = min(
+                int((item[f"{s}_topk_ids"] < vocab_size).sum(1).min())
+                for item in items
+                for s in dataset.manifest.sides
+            )
     if not 0 <= k <= dataset.k:
         raise ValueError(f"k={k} is outside [0, {dataset.k}], the range that {source} allows")
 

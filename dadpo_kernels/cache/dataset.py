@@ -62,7 +62,8 @@ class PairDataset(Dataset[dict[str, Any]]):
                 raise CacheVocabularyError(
                     f"{directory} holds id {shard.max_id}, the student's vocabulary has {self.vocab_size}: if teacher "
                     "and student are of one family and differ in padding only, move these ids to the tail with "
-                    f"`dadpo cache convert {directory} --student-vocab-size {self.vocab_size} --out DIR`"
+                    f"`dadpo cache convert {directory} --student-vocab-size {self.vocab_size} --out DIR`, or capture "
+                    "with that option"
                 )
         if tokenizer is not None:
             check_vocabulary(directory, self.manifest, tokenizer)
@@ -85,6 +86,11 @@ class PairDataset(Dataset[dict[str, Any]]):
     def has_reference(self) -> bool:
         return self._reference is not None
 
+    @property
+    def has_rejected(self) -> bool:
+        """Whether pairs have rejected answers; without them, their arrays are empty."""
+        return "rejected" in self.manifest.sides
+
     def __len__(self) -> int:
         return len(self._places)
 
@@ -98,7 +104,7 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         index, number, row = self._places[position]
         values = self._reader.read(self.manifest.shards[number], row)
-        pair = read_pair(values)
+        pair = read_pair(values, self.manifest.sides)
         item: dict[str, Any] = {"pair": pair, **read_targets(values, pair, self.k, self.vocab_size)}
         if self._reference is not None:
             reference = self._reference[index]

@@ -11,6 +11,13 @@ from .format import Targets
 _MARGIN = 16  # additional entries to request, because some of them may be outside the student's vocabulary
 
 
+def shared_vocabulary(teacher_vocab_size: int, student_vocab_size: int | None) -> int:
+    """The number of ids that both have. Raises ValueError for a student without any."""
+    if student_vocab_size is not None and student_vocab_size < 1:
+        raise ValueError(f"student_vocab_size must be at least 1, got {student_vocab_size}")
+    return min(teacher_vocab_size, student_vocab_size or teacher_vocab_size)
+
+
 def entries_to_request(k: int, settings: Mapping[str, Any]) -> int:
     """Number of entries to request from a teacher so that k of them are in the student's vocabulary."""
     return k + min(_MARGIN, settings["teacher_vocab_size"] - settings["vocab_size"])

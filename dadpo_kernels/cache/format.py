@@ -5,16 +5,15 @@ calls this BYTE_STREAM_SPLIT, but does not define it for binary columns, and its
 grouping makes zstd's output for top-64 targets about 15% smaller: 201 instead of 237 bytes per token on SmolLM2's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .errors import CacheFormatError, CacheVocabularyError
-from .pairs import Pair
+from .pairs import SIDES, Pair
 
-SIDES = ("chosen", "rejected")
 Targets = dict[str, np.ndarray]  # of one answer of a pair, by the names in ANSWER_COLUMNS
 # For an answer of T tokens; the columns are named `{side}_{name}`. float16 loses less of a log-probability than
 # bfloat16 would (at most 0.008 nats against 0.06), and binary columns read far faster than nested lists.
@@ -61,18 +60,24 @@ def reference_row(pair: Pair, chosen: Targets, rejected: Targets) -> dict[str, A
     return row
 
 
-def read_pair(row: dict[str, Any]) -> Pair:
+def read_pair(row: dict[str, Any], sides: Sequence[str] = SIDES) -> Pair:
     """The token ids of a row that has at least the `TOKEN_COLUMNS`.
 
+    Args:
+        sides: the answers that the cache's pairs have (`Manifest.sides`).
+
     Raises:
-        CacheFormatError: a column is malformed or empty.
+        CacheFormatError: a column is malformed, empty, or not empty though its side is none of `sides`.
     """
     where = f"pair {row['index']}"
     ids = (unpack(row[name], "ids", f"{where}, {name}") for name in TOKEN_COLUMNS[1:])
     pair = Pair(row["index"], *ids)
     for name in TOKEN_COLUMNS[1:]:
-        if not len(getattr(pair, name)):
-            raise CacheFormatError(f"{where}: {name} is empty")
+        wanted = name == "prompt_ids" or name.removesuffix("_ids") in sides
+        if (len(getattr(pair, name)) > 0) != wanted:
+            raise CacheFormatError(
+                f"{where}: {name} is {'empty' if wanted else 'not empty, and settings.sides lacks it'}"
+            )
     return pair
 
 
@@ -101,6 +106,12 @@ def read_targets(row: dict[str, Any], pair: Pair, k: int, vocab_size: int) -> di
     for ids in pair.ids:
         check_ids(where, ids, vocab_size)
     return targets
+
+
+def empty_targets(k: int) -> Targets:
+    """The targets of an answer without tokens."""
+    shapes = {name: (0, k) if name in ("topk_ids", "topk_logps") else (0,) for name in ANSWER_COLUMNS if name != "ids"}
+    return {name: np.empty(shape, ANSWER_COLUMNS[name]) for name, shape in shapes.items()}
 
 
 def check_pair_ids(pairs: Iterable[Pair], vocab_size: int) -> None:

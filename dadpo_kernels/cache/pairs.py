@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Token ids of the prompt and of both answers, one int32 array each. `index` is the pair's number in its source,
-    counted from 0."""
+    counted from 0. In a set with one answer each, `rejected_ids` are empty."""
 
     index: int
     prompt_ids: np.ndarray

@@ -34,8 +34,9 @@ class RowReader:
     def read(self, shard: Shard, row: int) -> dict[str, Any]:
         """Row number `row` of `shard`, as Python values by column. Page checksums are verified."""
         with self._reading(shard.file):
-            table = self._file(shard).read_row_group(row, use_threads=False)
+            table = self._file(shard).read_row_group(row, columns=self._schema.names, use_threads=False)
             values = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
+        _check_values(f"{shard.file}, row {row}", values)
         if values["index"] != shard.index[row]:
             raise CacheFormatError(
                 f"{shard.file} has pair {values['index']} in row {row}, the manifest says {shard.index[row]}"
@@ -46,6 +47,8 @@ class RowReader:
         """Some columns of all rows of `shard`; `index` must be one of them."""
         with self._reading(shard.file):
             rows = self._file(shard).read(columns=list(columns), use_threads=False).to_pylist()
+        for number, row in enumerate(rows):
+            _check_values(f"{shard.file}, row {number}", row)
         if [row["index"] for row in rows] != shard.index:
             raise CacheFormatError(f"the pairs in {shard.file} are not those that the manifest lists")
         return rows
@@ -55,8 +58,7 @@ class RowReader:
             if len(self._files) >= self.OPEN_FILES:
                 self._files.pop(next(iter(self._files))).close()
             file = pq.ParquetFile(self._directory / shard.file, memory_map=True, page_checksum_verification=True)
-            if file.schema_arrow.remove_metadata() != self._schema:
-                raise CacheFormatError(f"{shard.file} has other columns than the format: {file.schema_arrow.names}")
+            _check_schema(shard.file, file.schema_arrow, self._schema)
             if file.metadata.num_rows != len(shard.index) or file.num_row_groups != len(shard.index):
                 raise CacheFormatError(
                     f"{shard.file} has {file.metadata.num_rows} rows in {file.num_row_groups} row groups, "
@@ -74,8 +76,27 @@ class RowReader:
             raise CacheChecksumError(f"{self._directory / file} cannot be read ({error}): copy it again") from error
 
 
+def _check_schema(file: str, schema: pa.Schema, needed: pa.Schema) -> None:
+    """Columns may be nullable and of the other types for bytes, as pandas and polars write them; more columns are
+    ignored."""
+    for field in needed:
+        at = schema.get_field_index(field.name)
+        if at < 0:
+            raise CacheFormatError(f"{file} has no column {field.name}, or two: it has {', '.join(schema.names)}")
+        given = schema.field(at).type
+        is_bytes = pa.types.is_binary(field.type) and str(given) in ("large_binary", "binary_view")
+        if given != field.type and not is_bytes:
+            raise CacheFormatError(f"{file}: the column {field.name} is of type {given}, {field.type} is needed")
+
+
+def _check_values(where: str, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if value is None:
+            raise CacheFormatError(f"{where}: {name} is null")
+
+
 def read_tokens(cache: Path, manifest: Manifest) -> list[Pair]:
     """The token ids of all pairs of a teacher cache, in the order of their source. Raises as `RowReader` does."""
     reader = RowReader(cache, TEACHER_SCHEMA)
     rows = (row for shard in manifest.shards for row in reader.read_columns(shard, TOKEN_COLUMNS))
-    return sorted((read_pair(row) for row in rows), key=lambda pair: pair.index)
+    return sorted((read_pair(row, manifest.sides) for row in rows), key=lambda pair: pair.index)

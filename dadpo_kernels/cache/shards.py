@@ -30,7 +30,9 @@ from .errors import (
     CacheVersionError,
 )
 from .lock import lock
+from .pairs import SIDES
 from .ranks import Ranks, ranks
+from .storage import parse, storage_errors
 
 logger = logging.getLogger("dadpo_kernels")
 
@@ -73,6 +75,11 @@ class Manifest:
     info: dict[str, Any]
     shards: list[Shard] = field(default_factory=list)
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The answers that all pairs have: chosen and rejected, or chosen alone."""
+        return tuple(self.settings.get("sides", SIDES))
+
     def index(self) -> set[int]:
         return {i for shard in self.shards for i in shard.index}
 
@@ -92,11 +99,11 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     # Parse it, and check that this package knows its format.
     path = directory / MANIFEST
     try:
-        document = json.loads(path.read_bytes())
+        with storage_errors(path, (FileNotFoundError, NotADirectoryError)):
+            content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CacheFormatError(f"{directory} is not a {kind} cache: it does not contain a {MANIFEST}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CacheFormatError(f"{path} is not JSON ({error}): capture again") from error
+    document = parse(path, content, "capture again")
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
         raise CacheFormatError(f"{path} is not the manifest of a {FORMAT}")
     if (version := document.pop("version", None)) != VERSION:
@@ -116,6 +123,8 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     for name, needed in REQUIRED_SETTINGS[kind].items():
         if type(manifest.settings.get(name)) is not needed:
             raise CacheFormatError(f"{path} is malformed: settings.{name} must be of type {needed.__name__}")
+    if manifest.settings.get("sides", ["chosen"]) not in (["chosen"], list(SIDES)):
+        raise CacheFormatError(f'{path} is malformed: settings.sides must be ["chosen"] or {list(SIDES)}')
 
     # Files must be inside the directory, and each pair must occur once.
     if any(Path(shard.file).name != shard.file for shard in manifest.shards):
@@ -154,12 +163,14 @@ def read_complete(directory: Path, kind: str, *, verify: bool) -> Manifest:
 
 def _size(directory: Path, shard: Shard) -> int | None:
     path = directory / shard.file
-    return path.stat().st_size if path.is_file() else None
+    with storage_errors(path):
+        return path.stat().st_size if path.is_file() else None
 
 
 def check_sha256(path: Path, expected: str) -> bytes:
     """The file's content. Raises CacheChecksumError if it does not have this SHA-256."""
-    content = path.read_bytes()
+    with storage_errors(path):
+        content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != expected:
         raise CacheChecksumError(
             f"{path} has changed since it was written (SHA-256 differs): copy it again or capture again"
@@ -187,9 +198,17 @@ def writing(
     Raises:
         CacheSettingsError: the directory holds a capture with other settings.
         CacheBusyError: another process is writing to it.
+        CacheError: a file cannot be read or written.
     """
     writer = ShardWriter(directory, Manifest(kind, dict(settings), dict(info)), ranks())
-    directory.mkdir(parents=True, exist_ok=True)
+    finished = _finished(directory, writer.manifest, files or {})
+    writer.ranks.barrier()  # all processes must have seen the same before one of them writes
+    if finished is not None:
+        writer.manifest = finished
+        yield writer
+        return
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory) if writer.ranks.rank == 0 else contextlib.nullcontext():
         if writer.ranks.rank == 0:
             writer.open(files or {})
@@ -274,24 +293,41 @@ class ShardWriter:
 
     def _recorded_shards(self, manifest: Manifest) -> list[Shard]:
         """Shards that other processes have recorded and the manifest does not list."""
+        remedy = "delete it, its shard is captured again"
         paths = self.directory.glob(self._record("*").name)
-        recorded = [_typed(Shard, json.loads(path.read_bytes()), path) for path in paths]
+        recorded = [_typed(Shard, parse(path, path.read_bytes(), remedy), path) for path in paths]
         listed = manifest.index()
         return [shard for shard in recorded if listed.isdisjoint(shard.index)]
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write a file atomically: after a crash, either the old or the new content is complete."""
         temporary = self.directory / f".{name}.{self.ranks.rank}-{os.getpid()}.tmp"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.directory / name)
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with storage_errors(self.directory / name):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.directory / name)
+            descriptor = os.open(self.directory, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _finished(directory: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest | None:
+    """What a finished run with these settings wrote, if it is all there: nothing needs to be written then, which a
+    directory without the right to write allows."""
+    if not (directory / MANIFEST).is_file():
+        return None
+    written = read_manifest(directory, manifest.kind)
+    whole = len(written.index()) == manifest.settings["pairs"] and written.settings == manifest.settings
+    whole = whole and all(_size(directory, shard) == shard.bytes for shard in written.shards)
+    for name, content in files.items():
+        path = directory / name
+        with storage_errors(path):
+            whole = whole and path.is_file() and path.read_bytes() == content
+    return written if whole else None
 
 
 def _check_same(directory: Path, previous: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -309,7 +345,9 @@ def _check_same(directory: Path, previous: Mapping[str, Any], current: Mapping[s
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    with (directory / ".lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
+        with storage_errors(directory / ".lock"):
+            file = stack.enter_context((directory / ".lock").open("w"))
         lock(file, directory)
         yield
 

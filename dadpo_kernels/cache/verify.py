@@ -60,7 +60,7 @@ def _shard_problems(reader: RowReader, shard: Shard, manifest: Manifest, pairs: 
     for row in range(len(shard.index)):
         try:
             values = reader.read(shard, row)
-            pair = read_pair(values)
+            pair = read_pair(values, manifest.sides)
             targets = read_targets(values, pair, manifest.settings["k"], manifest.settings["vocab_size"])
         except CacheError as error:
             yield f"{shard.file}: {error}"

@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import CacheFormatError, CacheTokenizerError
+from .format import TEACHER_SCHEMA, unpack
+from .reader import RowReader
 from .shards import Manifest, check_sha256
+from .storage import parse
 
 VOCABULARY = "vocabulary.json"
 
@@ -26,19 +31,36 @@ def vocabulary_file(tokens: list[str | None]) -> bytes:
 def check_vocabulary(directory: Path, manifest: Manifest, tokenizer: Any) -> None:
     """Compare the vocabulary stored in a teacher cache with a tokenizer's, id by id.
 
-    An id that only one of them has is allowed, because models of one family pad or extend their vocabularies.
+    An id that only one of them has is allowed, because models of one family pad or extend their vocabularies, and so
+    is an id that occurs nowhere in the cache, as a reserved token that was renamed.
 
     Raises:
-        CacheTokenizerError: an id stands for different tokens in the two.
+        CacheTokenizerError: an id that occurs stands for different tokens in the two.
         CacheChecksumError, CacheFormatError: the stored vocabulary is damaged or missing.
     """
-    stored = read_vocabulary(directory, manifest)
-    for number, (cached, given) in enumerate(zip(stored, vocabulary(tokenizer), strict=False)):
-        if cached != given and cached is not None and given is not None:
-            raise CacheTokenizerError(
-                f"{directory} was captured with another tokenizer: id {number} is {cached!r} in the cache and "
-                f"{given!r} in the given tokenizer. Teacher and student must share their tokenizer"
-            )
+    stored, given = read_vocabulary(directory, manifest), vocabulary(tokenizer)
+    both = enumerate(zip(stored, given, strict=False))
+    different = [number for number, (a, b) in both if a != b and a is not None and b is not None]
+    if different and (place := _occurrence(directory, manifest, different)) is not None:
+        pair, number = place
+        raise CacheTokenizerError(
+            f"{directory} was captured with another tokenizer: id {number}, which occurs in pair {pair}, is "
+            f"{stored[number]!r} in the cache and {given[number]!r} in the given tokenizer. Teacher and student must "
+            "share their tokenizer"
+        )
+
+
+def _occurrence(directory: Path, manifest: Manifest, numbers: list[int]) -> tuple[int, int] | None:
+    """A pair that has one of the ids, as a token or in a top k, and that id."""
+    reader = RowReader(directory, TEACHER_SCHEMA)
+    columns = [name for name in TEACHER_SCHEMA.names if name == "index" or name.endswith("_ids")]
+    for shard in manifest.shards:
+        for row in reader.read_columns(shard, columns):
+            for name in columns[1:]:
+                ids = unpack(row[name], "ids", f"pair {row['index']}, {name}")
+                if (occurs := np.isin(ids, numbers)).any():
+                    return row["index"], int(ids[occurs][0])
+    return None
 
 
 def read_vocabulary(directory: Path, manifest: Manifest) -> list[str | None]:
@@ -47,10 +69,7 @@ def read_vocabulary(directory: Path, manifest: Manifest) -> list[str | None]:
     if not path.is_file():
         raise CacheFormatError(f"{path} is missing: copy it again or capture again")
     content = check_sha256(path, manifest.settings["tokenizer_sha256"])
-    try:
-        stored = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{path} is not JSON ({error}): capture again") from error
+    stored = parse(path, content, "capture again")
     if not isinstance(stored, list) or not all(token is None or isinstance(token, str) for token in stored):
         raise CacheFormatError(f"{path} is malformed: a list of strings and nulls is needed")
     return stored

@@ -1,28 +1,18 @@
 """A file of JSON lines that only grows, in which an unfinished run keeps its results, each with a checksum."""
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..cache.errors import CacheError, CacheSettingsError
+from ..cache.errors import CacheSettingsError
 from ..cache.lock import lock
+from ..cache.storage import storage_errors
 
 logger = logging.getLogger("dadpo_kernels")
-
-_REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again, it continues where it stopped",
-    errno.EDQUOT: "free some space and run the same command again, it continues where it stopped",
-    errno.EISDIR: "move this directory, a file with its name is needed",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOENT: "create its directory",
-    errno.ENOTDIR: "choose another directory",
-}
 
 
 class CheckedLines:
@@ -117,13 +107,3 @@ def _checked(settings: bytes, content: bytes) -> bytes:
 
 def _is_intact(settings: bytes, line: bytes) -> bool:
     return line == _checked(settings, line.partition(b" ")[2])
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Raise an OSError of the block as a CacheError that names the file and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "make it and its directory readable and writable")
-        raise CacheError(f"{path}: {error.strerror}: {remedy}") from None

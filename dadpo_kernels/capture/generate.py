@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cache.fingerprints import model_fingerprint, records_fingerprint
+from ..cache.storage import storage_errors
 from .chat import ChatTemplate
-from .checked_lines import CheckedLines, settings_of, storage_errors
+from .checked_lines import CheckedLines, settings_of
 
 logger = logging.getLogger("dadpo_kernels")
 

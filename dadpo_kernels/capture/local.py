@@ -129,7 +129,8 @@ def capture_reference(
     Raises:
         CacheTokenizerError: the tokenizer gives some ids of the cache another meaning.
         CacheVocabularyError: the cache has ids outside the model's vocabulary.
-        CacheReferenceError: the tokens in the cache have changed since it was captured.
+        CacheReferenceError: the tokens in the cache have changed since it was captured, or its pairs have no rejected
+            answers.
         CacheSettingsError: the directory holds the log-probabilities of another reference.
         CacheError: other subclasses, if the cache is not finished or damaged.
         TypeError, ValueError: as `capture_teacher`.
@@ -137,6 +138,8 @@ def capture_reference(
     # Read the pairs, and check that they are those of the cache and fit the model.
     cache = Path(cache)
     manifest = read_complete(cache, "teacher", verify=False)
+    if "rejected" not in manifest.sides:
+        raise CacheReferenceError(f"{cache} has no rejected answers, which alone need a reference: train without one")
     check_vocabulary(cache, manifest, tokenizer)
     causal, head = _prepare(model)
     pairs = read_tokens(cache, manifest)
@@ -204,7 +207,10 @@ def _score_batch(
     model: Any, head: Head, pairs: Sequence[Pair], score_tokens: ScoreTokens
 ) -> Iterator[tuple[Pair, Targets, Targets]]:
     """Each pair with the targets of its chosen and of its rejected answer."""
-    input_ids, attention_mask, labels = pad_pairs(pairs, pad_token_id=0)
+    batch = pad_pairs(pairs, pad_token_id=0)
+    if not any(len(pair.rejected_ids) for pair in pairs):  # the prompts alone need no pass
+        batch = batch[0][: len(pairs)], batch[1][: len(pairs)], batch[2][: len(pairs)]
+    input_ids, attention_mask, labels = batch
     device = model.get_input_embeddings().weight.device
     hidden = hidden_states(model, input_ids.to(device), attention_mask.to(device))
     # The primitives skip the positions without a label, so only their small outputs are compacted here.
@@ -221,6 +227,7 @@ def _score_batch(
         {name: array[start:end] for name, array in arrays.items()}
         for start, end in zip([0, *ends], ends, strict=False)
     ]
+    answers += [{name: array[:0] for name, array in arrays.items()}] * (2 * len(pairs) - len(answers))
     return zip(pairs, answers[: len(pairs)], answers[len(pairs) :], strict=True)
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from .model_args import is_first_process, print_summary
+from .values import at_least
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +22,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for action in (verify, info, convert):
         action.add_argument("cache", metavar="CACHE", type=Path)
     convert.add_argument("--out", required=True, metavar="DIR", type=Path)
-    convert.add_argument("--k", type=int, help="entries per position, fewer than the cache has")
+    convert.add_argument("--k", type=at_least(0), help="entries per position, fewer than the cache has")
     convert.add_argument(
         "--student-vocab-size",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="vocabulary size of the student's LM head: larger ids go to the tail",
     )
-    convert.add_argument("--shard-tokens", type=int, metavar="N", help="answer tokens per file")
+    convert.add_argument("--shard-tokens", type=at_least(1), metavar="N", help="answer tokens per file")
     _configure_import(actions.add_parser("import", help="make a cache of what another framework's teacher has scored"))
 
 
@@ -42,8 +43,8 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path)
-    parser.add_argument("--k", type=int, help="entries per position (default: as many as all positions have)")
-    parser.add_argument("--limit", type=int, metavar="N", help="read the first N records only")
+    parser.add_argument("--k", type=at_least(0), help="entries per position (default: as many as all positions have)")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="read the first N records only")
     parser.add_argument(
         "--on-error", default="stop", choices=("stop", "skip"), help="what to do with a record that cannot be used"
     )
@@ -59,7 +60,11 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
         help="of distillkit (default: compression_config.yaml beside the data)",
     )
     parser.add_argument(
-        "--shard-tokens", type=int, default=65536, metavar="N", help="answer tokens per file (default %(default)s)"
+        "--shard-tokens",
+        type=at_least(1),
+        default=65536,
+        metavar="N",
+        help="answer tokens per file (default %(default)s)",
     )
 
 

@@ -158,10 +158,9 @@ def test_pairs_that_the_template_does_not_render_are_written_as_texts():
                 assert prompt == pair.prompt_ids.tolist()
                 assert tokenizer.decode(pair.chosen_ids).strip("\n") == f"{answers[i]}<|end|>".strip("\n")
     assert records[0].get("chat_template_kwargs") is None
-    (record,), _ = make_pairs(
-        PROMPTS[:1], lines_of("a"), lines_of("b"), ChatTemplate(with_template(THINKING + "{{ x }}"), {"x": 1})
-    )
-    assert record["chat_template_kwargs"] == {"x": 1}
+    template = ChatTemplate(with_template("{{ style }}" + TEMPLATE), {"style": "short"})
+    (record,), _ = make_pairs(PROMPTS[:1], lines_of("a"), lines_of("b"), template)
+    assert record["chat_template_kwargs"] == {"style": "short"}
     assert make_pairs(["text"], lines_of("a"), lines_of("b"), template)[0] == [
         {"prompt": "text", "chosen": "a", "rejected": "b"}
     ]

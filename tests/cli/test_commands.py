@@ -67,7 +67,8 @@ def test_teacher_then_reference(files, tmp_path, capsys):
     assert "reference: 5 pairs" in capsys.readouterr().out
     dataset = PairDataset(tmp_path, tokenizer=tiny_tokenizer(), require_reference=True)
     assert len(dataset) == 5
-    assert dataset.manifest.info == {"model": "teacher", "truncated_answers": 10, "skipped_pairs": []}
+    info = {"model": "teacher", "truncated_answers": 10, "skipped_pairs": [], "refused_records": 0, "notes": {}}
+    assert dataset.manifest.info == info
 
 
 def test_both_in_one_run_and_a_second_run_does_nothing(files, tmp_path):
