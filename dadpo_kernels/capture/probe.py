@@ -29,7 +29,8 @@ def probe(
     Args:
         score: scores a sequence by its number, and tries again where that can help. It is called from threads.
         executor: runs the simultaneous requests.
-        numbers: of the first sequence and of the others.
+        numbers: of the first sequence and of the others, which should not be shorter: what they leave in a server's
+            memory then reaches to the end of the first.
         hint: what to do about a server that answers differently.
 
     Returns:

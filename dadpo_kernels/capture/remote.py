@@ -130,8 +130,9 @@ def _score_shard(
 
     def results() -> Iterator[tuple[int, Targets]]:
         if missing and not trusted:
-            numbers = [*missing, *targets][: 1 + COMPANY]
-            yield from probe(request, executor, numbers, server.no_prefix_cache).items()
+            candidates = missing if len(missing) > COMPANY else range(len(sequences))
+            longest = sorted(candidates, key=lambda i: len(sequences[i][0]))[-1 - COMPANY :]
+            yield from probe(request, executor, longest, server.no_prefix_cache).items()
         requests.update((executor.submit(request, i), i) for i in missing if i not in targets)
         for future in as_completed(requests):
             yield requests[future], future.result()

@@ -33,9 +33,9 @@ _BYTES_PER_ENTRY = 1024  # of JSON; vLLM needs a small part of that
 class CompletionsServer:
     """Sends token ids to `POST /v1/completions` and asks for `prompt_logprobs`. Threads can share a client.
 
-    A request is sent again after a broken connection, a timeout, status 408, 409, 425, 429 or 5xx but 501, or a malformed
-    response. The client waits 1, 2, 4, ... seconds before that, or as long as `Retry-After` says, but not more than
-    60.
+    A request is sent again after a broken connection, a timeout, status 408, 409, 425, 429 or 5xx (but not 501), or a
+    malformed response. The client waits 1, 2, 4, ... seconds before that, or as long as `Retry-After` says, but not
+    more than 60.
 
     Args:
         url: of the server, with or without `/v1`, without a password.
