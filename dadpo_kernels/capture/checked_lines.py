@@ -57,13 +57,15 @@ class CheckedLines:
 
     def _read(self) -> list[Any]:
         content = self._file.read()
-        *lines, _ = content.split(b"\n")
-        intact = [line for line in lines[1:] if _is_intact(self._header, line)]
-        if lines[:1] != [self._header] and not intact and not (self._header + b"\n").startswith(content):
-            raise CacheSettingsError(self._refusal(lines[0] if lines else b""))
+        begun = content.startswith(self._header)
+        end = len(self._header) if begun else content.find(b"\n")
+        *lines, _ = content[end + 1 :].split(b"\n")
+        intact = [line for line in lines if _is_intact(self._header, line)]
+        if not begun and not intact and not self._header.startswith(content):
+            raise CacheSettingsError(self._refusal(content[: max(end, 0)]))
 
         # Remove the other lines. In the usual case they are a part of one at the end.
-        if damaged := len(lines[1:]) - len(intact):
+        if damaged := len(lines) - len(intact):
             logger.warning("%s: %d damaged lines are removed, what they held is computed again", self._path, damaged)
         whole = b"".join(line + b"\n" for line in (self._header, *intact))
         if content != whole:

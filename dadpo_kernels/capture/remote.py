@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import secrets
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from ..cache.format import Targets
 from ..cache.pairs import Pair
 from ..cache.shards import Manifest
 from .pairs import TokenizedPairs
+from .probe import COMPANY, probe
 from .prompt_logprobs import answer_targets
 from .scored_sequences import ScoredSequences
-from .server import CompletionsServer
+from .server import CompletionsServer, check_concurrency
 from .teacher import teacher_settings, write_teacher
 
 
@@ -39,7 +41,7 @@ def capture_from_server(
 
     The cache is the same as that of `capture_teacher` except for the tail, which servers do not return: see
     `answer_targets`. Each scored sequence is stored immediately, so that the same call, after an interruption, sends
-    only those that are missing.
+    only those that are missing. Each call sends one of them twice before it trusts the server: see `probe`.
 
     Args:
         server: a `CompletionsServer` or a `SGLangServer` that serves the teacher.
@@ -56,12 +58,12 @@ def capture_from_server(
         The finished manifest.
 
     Raises:
-        ServerError, ResponseError: a request fails after all retries; the sequences scored so far stay stored.
+        ServerError, ResponseError: a request fails after all retries, or the server answers differently when it is
+            asked again; the sequences scored so far stay stored.
         CacheSettingsError: `out` holds a capture with other settings; the message names them.
         ValueError: `concurrency` or `k` is out of range.
     """
-    if concurrency < 1:
-        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+    check_concurrency("concurrency", concurrency)
     settings = teacher_settings(tokenizer, data, k, vocab_size, student_vocab_size, shard_tokens)
     settings |= {"served_model": server.model}
     run = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -69,14 +71,16 @@ def capture_from_server(
 
     # The scored sequences of a shard are deleted when the next one is scored, because it has been written by then.
     obsolete: list[Path] = []
+    trusted = False
 
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
+        nonlocal trusted
         while obsolete:
             obsolete.pop().unlink()
         path = directory / f".answers-{run}-{number:05d}"
         obsolete.append(path)
         with closing(ScoredSequences(path, settings)) as scored, ThreadPoolExecutor(concurrency) as executor:
-            yield from _score_shard(executor, server, shard, scored, settings)
+            trusted |= yield from _score_shard(executor, server, shard, scored, settings, trusted=trusted)
 
     manifest = write_teacher(tokenizer, data, directory, settings, server.model, score, progress=progress)
     for path in directory.glob(".answers-*"):  # also those of a shard that was written just before a kill
@@ -90,23 +94,17 @@ def _score_shard(
     shard: Sequence[Pair],
     scored: ScoredSequences,
     settings: dict[str, Any],
-) -> Iterator[tuple[Pair, Targets, Targets]]:
-    """Pairs with their targets, in the order in which their second side gets scored.
+    *,
+    trusted: bool,
+) -> Generator[tuple[Pair, Targets, Targets], None, bool]:
+    """Pairs with their targets, in the order in which their second side gets scored. Returns whether the server was
+    asked for any, which it is only after a probe if it is not `trusted`.
 
     Sequence 2i is pair i with its chosen answer, and sequence 2i + 1 with its rejected answer.
     """
-    # Give the pairs of which both sides are stored.
-    sequences = _sequences(shard)
-    targets: dict[int, Targets] = {}
-    for i, (ids, start) in enumerate(sequences):
-        if (stored := scored.read(i, ids, start)) is not None:
-            targets[i] = stored
-    for i, pair in enumerate(shard):
-        if 2 * i in targets and 2 * i + 1 in targets:
-            yield pair, targets[2 * i], targets[2 * i + 1]
-
     k, vocab_size, teacher_size = settings["k"], settings["vocab_size"], settings["teacher_vocab_size"]
     entries = entries_to_request(k, settings)
+    sequences = _sequences(shard)
     stopped = threading.Event()
 
     def request(i: int) -> Targets:
@@ -118,13 +116,34 @@ def _score_shard(
         parsed = server.score(ids, start, entries, parse, stopped)
         return fold(f"pair {shard[i // 2].index}", parsed, k, vocab_size) if vocab_size < teacher_size else parsed
 
-    # Request the others, and store each sequence before its pair is given.
-    requests = {executor.submit(request, i): i for i in range(len(sequences)) if i not in targets}
-    try:
+    # Read what is stored, and give the pairs of which both sides are.
+    targets: dict[int, Targets] = {}
+    for i, (ids, start) in enumerate(sequences):
+        if (stored := scored.read(i, ids, start)) is not None:
+            targets[i] = stored
+    for i, pair in enumerate(shard):
+        if 2 * i in targets and 2 * i + 1 in targets:
+            yield pair, targets[2 * i], targets[2 * i + 1]
+    missing = [i for i in range(len(sequences)) if i not in targets]
+
+    requests: dict[Future[Targets], int] = {}
+
+    def results() -> Iterator[tuple[int, Targets]]:
+        if missing and not trusted:
+            candidates = missing if len(missing) > COMPANY else range(len(sequences))
+            longest = sorted(candidates, key=lambda i: len(sequences[i][0]))[-1 - COMPANY :]
+            yield from probe(request, executor, longest, server.no_prefix_cache).items()
+        requests.update((executor.submit(request, i), i) for i in missing if i not in targets)
         for future in as_completed(requests):
-            i = requests[future]
-            targets[i] = future.result()
-            scored.write(i, *sequences[i], targets[i])
+            yield requests[future], future.result()
+
+    # Request the others, and store each sequence before its pair is given.
+    try:
+        for i, result in results():
+            if i in targets:  # it was stored, and the probe needed company
+                continue
+            targets[i] = result
+            scored.write(i, *sequences[i], result)
             if i ^ 1 in targets:
                 yield shard[i // 2], targets[i & ~1], targets[i | 1]
     finally:
@@ -134,6 +153,7 @@ def _score_shard(
         for future, i in requests.items():
             if i not in targets and not future.cancelled() and future.exception() is None:
                 scored.write(i, *sequences[i], future.result())
+    return bool(missing)
 
 
 def capture_from_vllm(
@@ -171,7 +191,8 @@ def capture_from_vllm(
 
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
         sequences = _sequences(shard)
-        prompts = [{"prompt_token_ids": ids} for ids, _ in sequences]
+        # With a salt, no prompt reads what another one left in the prefix cache: see `probe`.
+        prompts = [{"prompt_token_ids": ids, "cache_salt": secrets.token_hex(16)} for ids, _ in sequences]
         outputs = llm.generate(prompts, params, use_tqdm=False)
         targets = [
             answer_targets(output.prompt_logprobs, ids, start, k, vocab_size)

@@ -86,13 +86,17 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def connect(args: argparse.Namespace) -> Any:
-    from ..capture.server import CompletionsServer, SGLangServer
+    from ..capture.address import clean_key
+    from ..capture.server import CompletionsServer, SGLangServer, check_concurrency, check_timeout
 
+    check_concurrency("--concurrency", args.concurrency)
+    check_timeout("--timeout", args.timeout)
     api_key = None
     if args.api_key_env is not None:
         api_key = os.environ.get(args.api_key_env)
-        if not api_key:
+        if api_key is None:
             raise ValueError(f"--api-key-env: the environment variable {args.api_key_env} is not set")
+        api_key = clean_key(f"--api-key-env: the environment variable {args.api_key_env}", api_key)
     engine = {"vllm": CompletionsServer, "sglang": SGLangServer}[args.engine]
     return engine(args.server, model=args.served_name, api_key=api_key, timeout=args.timeout)
 

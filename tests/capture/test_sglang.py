@@ -13,7 +13,7 @@ from dadpo_kernels.capture.prompt_logprobs import answer_targets, from_sglang
 from dadpo_kernels.capture.remote import capture_from_server
 from dadpo_kernels.capture.server import SGLangServer
 from dadpo_kernels.cli.main import main
-from tests.capture.test_vllm import DATA, IDS, JSON, MODEL, QUICK, TOKENIZER, K, V, check, expected, prompts, vllm  # noqa: F401
+from tests.capture.test_vllm import DATA, IDS, JSON, MODEL, QUICK, TOKENIZER, K, V, check, check_sent, expected, vllm  # noqa: F401
 from tests.support import vllm_server
 from tests.support.tiny import chat_records
 from tests.support.vllm_server import as_sglang, prompt_logprobs
@@ -32,7 +32,7 @@ def test_sglang_gives_the_cache_of_the_model_itself(vllm, tmp_path, expected):  
     vllm.faults = [vllm_server.status(500), vllm_server.drop, None, vllm_server.half_a_body]
     capture(vllm, tmp_path)
     check(tmp_path, expected)
-    assert sorted(vllm.served) == prompts()
+    check_sent(vllm, probes=1)
     path, _, body = vllm.requests[0]
     assert path == "/generate"
     prompt = next(p for p in DATA.pairs if [*p.prompt_ids] == body["input_ids"][: len(p.prompt_ids)]).prompt_ids

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -20,12 +21,14 @@ from hypothesis import strategies as st
 
 from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.cache.errors import CacheError, CacheSettingsError
+from dadpo_kernels.cache.shard_run import plan_shards
 from dadpo_kernels.capture.checked_lines import CheckedLines, storage_errors
 from dadpo_kernels.capture.errors import ResponseError, ServerError
 from dadpo_kernels.capture.local import capture_teacher
 from dadpo_kernels.capture.pairs import tokenize_pairs
+from dadpo_kernels.capture.probe import COMPANY
 from dadpo_kernels.capture.prompt_logprobs import answer_targets
-from dadpo_kernels.capture.remote import capture_from_server, capture_from_vllm
+from dadpo_kernels.capture.remote import _sequences, capture_from_server, capture_from_vllm
 from dadpo_kernels.capture.scored_sequences import ScoredSequences
 from dadpo_kernels.capture.server import CompletionsServer
 from dadpo_kernels.cli.main import main
@@ -80,6 +83,12 @@ def prompts():
     return sorted((*p.prompt_ids.tolist(), *ids.tolist()) for p in DATA.pairs for ids in p.ids[1:])
 
 
+def check_sent(vllm, probes):
+    """All sequences were scored once, and the first one of each probe twice."""
+    assert set(vllm.served) == set(prompts())
+    assert len(vllm.served) == len(prompts()) + probes
+
+
 # ---- the server ------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +96,7 @@ def test_a_server_gives_the_cache_of_the_model_itself(vllm, tmp_path, expected):
     manifest = capture(vllm, tmp_path, api_key="key")
     check(tmp_path, expected)
     assert manifest.info["model"] == "teacher"
-    assert sorted(vllm.served) == prompts()
+    check_sent(vllm, probes=1)
     assert 1 < vllm.most <= 3
     path, headers, body = vllm.requests[0]
     assert path == "/v1/completions"
@@ -95,7 +104,7 @@ def test_a_server_gives_the_cache_of_the_model_itself(vllm, tmp_path, expected):
     assert body["model"] == "teacher"
     assert (body["prompt_logprobs"], body["max_tokens"]) == (K, 1)
     capture(vllm, tmp_path)
-    assert len(vllm.served) == 16  # the second call does not send a request
+    check_sent(vllm, probes=1)  # the second call does not send a request
 
 
 FAULTS = [
@@ -112,8 +121,8 @@ def test_faults_are_retried_and_scored_sequences_are_not_sent_again(vllm, tmp_pa
     vllm.faults = [*FAULTS, None, *FAULTS[::-1], None, None, *FAULTS]
     capture(vllm, tmp_path)
     check(tmp_path, expected)
-    assert sorted(vllm.served) == prompts()
-    assert len(vllm.requests) == 16 + 3 * len(FAULTS)
+    check_sent(vllm, probes=1)
+    assert len(vllm.requests) == 17 + 3 * len(FAULTS)
 
 
 @pytest.mark.parametrize(
@@ -138,27 +147,48 @@ def test_a_permanent_fault_raises_its_error(vllm, tmp_path, fault, error, messag
     [
         (400, r"responds with status 400: .*--max-logprobs 5 or more"),
         (401, "needs an API key"),
+        (501, "responds with status 501: .*--max-logprobs"),
         (404, "Check the URL"),
+        (413, "accepts no requests of this size: raise its limit, or cut the sequences with a smaller --max-length"),
+        (
+            307,
+            r"It redirects to http://127.0.0.1:\d+/there, and redirects are not followed: give the URL of the server",
+        ),
     ],
 )
 def test_a_refusal_is_not_tried_again(vllm, tmp_path, code, message):
-    vllm.faults = [vllm_server.status(code)] * 1000
+    vllm.faults = [vllm_server.status(code, [("Location", "/there?token=SECRET")] if code == 307 else [])] * 1000
     with pytest.raises(ServerError, match=message):
         capture(vllm, tmp_path)
     sent = [tuple(body["prompt"]) for _, _, body in vllm.requests]
-    assert len(set(sent)) == len(sent) < 16
+    assert len(sent) == 1
 
 
-def test_an_interrupted_run_keeps_all_scored_sequences(vllm, tmp_path, expected):
-    vllm.faults = [None] * 7 + [vllm_server.status(400)] * 99
+@pytest.mark.parametrize("fault", [vllm_server.status(400), vllm_server.drop], ids=["refusal", "death"])
+def test_an_interrupted_run_keeps_all_scored_sequences(vllm, tmp_path, expected, fault):
     for _ in range(3):
+        vllm.faults = [None] * 6 + [fault] * 99
         with pytest.raises(ServerError):
-            capture(vllm, tmp_path)
-        vllm.faults = [None, None] + [vllm_server.status(400)] * 99
+            capture(vllm, tmp_path, attempts=2)
     vllm.faults = []
     capture(vllm, tmp_path)
     check(tmp_path, expected)
-    assert sorted(vllm.served) == prompts()
+    assert len(vllm.served) <= 16 + 4 * (1 + COMPANY)  # a probe sends stored sequences where few are missing
+
+
+def test_the_probe_comes_before_the_first_request_of_a_later_shard(vllm, tmp_path, interrupted):
+    """The first shard is stored as a whole, and the server has changed since."""
+    part, _ = interrupted
+    (name,) = (path.name for path in part.glob(".answers*"))
+    first, *_ = plan_shards(DATA.pairs, 100)
+    settings = json.loads((part / name).read_text().splitlines()[0].partition(" ")[2])["settings"]
+    with closing(ScoredSequences(tmp_path / name, settings)) as store:
+        for i, (ids, start) in enumerate(_sequences(first)):
+            store.write(i, ids, start, answer_targets(prompt_logprobs(MODEL, ids, K), ids, start, K, V))
+    vllm.prefix_cache = "unsalted"
+    with pytest.raises(ServerError, match="gives other log-probabilities"):
+        capture(vllm, tmp_path)
+    assert len(list(tmp_path.glob("*.parquet"))) == 1
 
 
 def test_killed_at_random_moments(vllm, tmp_path, expected, processes):  # noqa: F811
@@ -178,7 +208,8 @@ def test_killed_at_random_moments(vllm, tmp_path, expected, processes):  # noqa:
     capture(vllm, tmp_path)
     check(tmp_path, expected)
     assert set(vllm.served) == set(prompts())
-    assert len(vllm.served) <= 16 + 3 * deaths  # only requests that were active at a kill are sent again
+    # Only a probe's sequences, and requests that were active at a kill, are sent again.
+    assert len(vllm.served) <= 16 + (1 + COMPANY) + (3 + 2 + COMPANY) * deaths
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +218,7 @@ def interrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("interrupted")
     with serving(MODEL) as server:
         capture(server, directory / "whole")
-        server.faults = [None] * 4 + [vllm_server.status(400)] * 99
+        server.faults = [None] * 5 + [vllm_server.status(400)] * 99
         with pytest.raises(ServerError):
             capture(server, directory / "part", concurrency=1)
     return directory / "part", [path.read_bytes() for path in sorted((directory / "whole").glob("*.parquet"))]
@@ -205,7 +236,7 @@ def test_a_flipped_bit_in_scored_sequences_changes_nothing(vllm, tmp_path, inter
         vllm.served.clear()
         capture(vllm, out)
         assert [path.read_bytes() for path in sorted(out.glob("*.parquet"))] == shards
-        assert len(vllm.served) <= 16 - 3
+        assert len(vllm.served) <= 16 - 3 + 1 + COMPANY
     assert "1 damaged lines are removed, what they held is computed again" in caplog.text
 
 
@@ -278,8 +309,19 @@ def test_one_of_several_models_must_be_named(tmp_path):
 
 
 def test_no_server(tmp_path):
-    with pytest.raises(ValueError, match="must begin with http"):
-        CompletionsServer("localhost:8000")
+    for url in (
+        "localhost:8000",
+        "http://",
+        "ftp://host",
+        "http://h:99999",
+        "http://h:x",
+        "http://[::1",
+        "http://a..b",
+    ):
+        with pytest.raises(
+            ValueError, match=re.escape(f"must begin with http:// or https:// and name a host, got {url!r}")
+        ):
+            CompletionsServer(url)
     with pytest.raises(ServerError, match="cannot be reached: ConnectError"):
         CompletionsServer("http://127.0.0.1:9", attempts=1)
 
@@ -303,7 +345,7 @@ def test_the_command(vllm, tmp_path, expected, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flat_logprobs", [True, False])
 def test_vllm_in_this_process(tmp_path, expected, monkeypatch, flat_logprobs):
-    given_params = {}
+    given_params, salts = {}, []
 
     def sampling_params(**options):
         given_params.update(options)
@@ -313,6 +355,7 @@ def test_vllm_in_this_process(tmp_path, expected, monkeypatch, flat_logprobs):
         def generate(self, prompts, params, use_tqdm):
             for prompt in prompts:
                 ids = prompt["prompt_token_ids"]
+                salts.append(prompt["cache_salt"])
                 entries = prompt_logprobs(MODEL, ids, params["prompt_logprobs"])
                 yield SimpleNamespace(prompt_logprobs=flat(entries, ids) if flat_logprobs else entries)
 
@@ -321,6 +364,7 @@ def test_vllm_in_this_process(tmp_path, expected, monkeypatch, flat_logprobs):
     capture_from_vllm(LLM(), TOKENIZER, DATA, tmp_path, **options)
     check(tmp_path, expected)
     assert given_params.get("flat_logprobs", False) == flat_logprobs
+    assert len(set(salts)) == 16
 
 
 # ---- the content of responses ------------------------------------------------------------------------------------

@@ -56,9 +56,25 @@ def as_sglang(entries, ids, start, k):
     return {"input_token_logprobs": tokens} | ({"input_top_logprobs": best} if k else {})
 
 
+def stale(entries, previous, cached):
+    """What vLLM issue 42019 makes of the first `cached` positions: the values of the previous request."""
+    out = list(entries)
+    for at in range(1, min(cached, len(previous))):
+        ours = sorted(entries[at].items(), key=lambda item: item[1].rank)
+        values = sorted((v.logprob for v in previous[at].values()), reverse=True)
+        values += values[-1:] * (len(ours) - len(values))
+        out[at] = {i: SimpleNamespace(**{**vars(v), "logprob": x}) for (i, v), x in zip(ours, values, strict=False)}
+    return out
+
+
+def common_prefix(ids, others):
+    return next((n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+
+
 class VLLM(ThreadingHTTPServer):
     """Each request takes one of the `faults`: a function of the handler that returns whether it has responded.
-    `served` are the prompts with a complete response."""
+    `served` are the prompts with a complete response. With `prefix_cache`, a prefix that was served before with the
+    same salt (with any, if it is "unsalted") has `stale` values."""
 
     daemon_threads = True
 
@@ -66,6 +82,7 @@ class VLLM(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.models = model, models
         self.faults, self.served, self.requests = [], [], []
+        self.prefix_cache, self.cached, self.previous = None, [], []
         self.change = lambda document: document
         self.lock = threading.Lock()
         self.most, self.now = 0, 0
@@ -73,6 +90,16 @@ class VLLM(ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
+
+    def entries(self, ids, k, salt):
+        entries = prompt_logprobs(self.model, ids, k)
+        if self.prefix_cache is None:
+            return entries
+        same = [other for other_salt, other in self.cached if self.prefix_cache == "unsalted" or other_salt == salt]
+        cached = max((common_prefix(ids, other) for other in same), default=0)
+        previous, self.previous = self.previous, entries
+        self.cached.append((salt, ids))
+        return stale(entries, previous, cached)
 
     def handle_error(self, request, client_address):
         """Ignore broken connections, which the tests cause."""
@@ -130,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
                 body["top_logprobs_num" if sglang else "prompt_logprobs"],
             )
             with server.lock:
-                entries = prompt_logprobs(server.model, ids, k)
+                entries = server.entries(ids, k, body.get("cache_salt"))
             if sglang:
                 document = {"text": "x", "meta_info": as_sglang(entries, ids, body["logprob_start_len"], k)}
             else:
