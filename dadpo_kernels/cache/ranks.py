@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from .errors import CacheError
+
 
 class Ranks(NamedTuple):
     """The number of this process, `rank`, and the number of all processes, `size`."""
@@ -14,9 +16,13 @@ class Ranks(NamedTuple):
     size: int
 
     def barrier(self) -> None:
-        """Wait until all processes have reached this point."""
-        if self.size > 1:
+        """Wait until all processes have reached this point. Raises CacheError if one of them has ended."""
+        if self.size == 1:
+            return
+        try:
             dist.barrier()
+        except RuntimeError as error:
+            raise CacheError(f"another process has ended before this one: see what it says ({error})") from None
 
 
 def ranks() -> Ranks:

@@ -318,8 +318,9 @@ class ShardWriter:
 def _finished(directory: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest | None:
     """What a finished run with these settings wrote, if it is all there: nothing needs to be written then, which a
     directory without the right to write allows."""
-    if not (directory / MANIFEST).is_file():
-        return None
+    with storage_errors(directory):
+        if not (directory / MANIFEST).is_file():
+            return None
     written = read_manifest(directory, manifest.kind)
     whole = len(written.index()) == manifest.settings["pairs"] and written.settings == manifest.settings
     whole = whole and all(_size(directory, shard) == shard.bytes for shard in written.shards)

@@ -1,6 +1,7 @@
 """Captures in which a frozen model of this process scores the pairs, as the teacher or as the reference."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,22 @@ def capture_teacher(
         CacheSettingsError: `out` holds a capture with other settings; the message names them.
         CacheVocabularyError: a pair has ids outside the vocabulary.
         TypeError, ValueError: the model's head is not supported.
-        ValueError: the model gives NaN, or an argument is out of range.
+        ValueError: the model gives NaN, a pair has more tokens than the model positions, or an argument is out of
+            range.
     """
-    causal, head = _prepare(model)
+    causal, head = prepare(model)
+    _check_lengths(causal, data.pairs)
     settings = teacher_settings(tokenizer, data, k, len(head.weight), student_vocab_size, shard_tokens) | {
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "model_sha256": model_fingerprint(causal),
     }
-    entries, vocab_size = entries_to_request(k, settings), settings["vocab_size"]
+    score = teacher_score(causal, head, k, settings["vocab_size"], batch_tokens)
+    return write_teacher(tokenizer, data, Path(out), settings, _name(causal), score, progress=progress)
+
+
+def teacher_score(model: Any, head: Head, k: int, vocab_size: int, batch_tokens: int) -> Score:
+    """A function that scores the pairs of a shard: the k most probable ids below `vocab_size`, of a prepared model."""
+    entries = entries_to_request(k, {"teacher_vocab_size": len(head.weight), "vocab_size": vocab_size})
 
     def score_tokens(hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
         out = linear_topk_logps(hidden, head, entries, labels=labels)
@@ -91,15 +100,14 @@ def capture_teacher(
             "topk_tail": out.tail.float(),
         }
 
-    score_shard = _model_score(causal, head, score_tokens, batch_tokens)
+    score_shard = _model_score(model, head, score_tokens, batch_tokens)
 
     def score_and_fold(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
         for pair, *sides in score_shard(number, shard):
             chosen, rejected = (fold(f"pair {pair.index}", targets, k, vocab_size) for targets in sides)
             yield pair, chosen, rejected
 
-    score = score_and_fold if vocab_size < len(head.weight) else score_shard
-    return write_teacher(tokenizer, data, Path(out), settings, _name(causal), score, progress=progress)
+    return score_and_fold if vocab_size < len(head.weight) else score_shard
 
 
 def capture_reference(
@@ -141,9 +149,10 @@ def capture_reference(
     if "rejected" not in manifest.sides:
         raise CacheReferenceError(f"{cache} has no rejected answers, which alone need a reference: train without one")
     check_vocabulary(cache, manifest, tokenizer)
-    causal, head = _prepare(model)
+    causal, head = prepare(model)
     pairs = read_tokens(cache, manifest)
     check_pair_ids(pairs, len(head.weight))
+    _check_lengths(causal, pairs)
     fingerprint = tokens_sha256(pairs)
     if fingerprint != manifest.settings["tokens_sha256"]:
         raise CacheReferenceError(f"the tokens in {cache} have changed since the capture (SHA-256 {fingerprint})")
@@ -231,9 +240,22 @@ def _score_batch(
     return zip(pairs, answers[: len(pairs)], answers[len(pairs) :], strict=True)
 
 
-def _prepare(model: nn.Module) -> tuple[Any, Head]:
+def prepare(model: nn.Module) -> tuple[Any, Head]:
+    """The causal LM inside its wrappers, and its head, which is checked."""
     check_lm_head(model)
     return unwrap(model), lm_head(model)
+
+
+def _check_lengths(model: Any, pairs: Sequence[Pair]) -> None:
+    """A model with learned positions fails beyond the last, and one with RoPE says nothing there that it was made to
+    say."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max(pairs, key=lambda pair: pair.length)
+    if longest.length > positions:
+        raise ValueError(
+            f"pair {longest.index} has {longest.length} tokens, and {type(model).__name__} has {positions} positions: "
+            f"tokenize with max_length={positions} (--max-length)"
+        )
 
 
 def _name(model: Any) -> str:

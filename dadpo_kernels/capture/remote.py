@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.fold import entries_to_request, fold
-from ..cache.format import Targets
+from ..cache.format import Targets, empty_targets
 from ..cache.pairs import Pair
 from ..cache.shards import Manifest
 from .pairs import TokenizedPairs
@@ -117,20 +117,20 @@ def _score_shard(
         return fold(f"pair {shard[i // 2].index}", parsed, k, vocab_size) if vocab_size < teacher_size else parsed
 
     # Read what is stored, and give the pairs of which both sides are.
-    targets: dict[int, Targets] = {}
-    for i, (ids, start) in enumerate(sequences):
+    targets = {i: empty_targets(k) for i in range(2 * len(shard)) if i not in sequences}
+    for i, (ids, start) in sequences.items():
         if (stored := scored.read(i, ids, start)) is not None:
             targets[i] = stored
     for i, pair in enumerate(shard):
         if 2 * i in targets and 2 * i + 1 in targets:
             yield pair, targets[2 * i], targets[2 * i + 1]
-    missing = [i for i in range(len(sequences)) if i not in targets]
+    missing = [i for i in sequences if i not in targets]
 
     requests: dict[Future[Targets], int] = {}
 
     def results() -> Iterator[tuple[int, Targets]]:
         if missing and not trusted:
-            candidates = missing if len(missing) > COMPANY else range(len(sequences))
+            candidates = missing if len(missing) > COMPANY else sequences
             longest = sorted(candidates, key=lambda i: len(sequences[i][0]))[-1 - COMPANY :]
             yield from probe(request, executor, longest, server.no_prefix_cache).items()
         requests.update((executor.submit(request, i), i) for i in missing if i not in targets)
@@ -192,22 +192,25 @@ def capture_from_vllm(
     def score(number: int, shard: Sequence[Pair]) -> Iterator[tuple[Pair, Targets, Targets]]:
         sequences = _sequences(shard)
         # With a salt, no prompt reads what another one left in the prefix cache: see `probe`.
-        prompts = [{"prompt_token_ids": ids, "cache_salt": secrets.token_hex(16)} for ids, _ in sequences]
+        prompts = [{"prompt_token_ids": ids, "cache_salt": secrets.token_hex(16)} for ids, _ in sequences.values()]
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        targets = [
-            answer_targets(output.prompt_logprobs, ids, start, k, vocab_size)
-            for output, (ids, start) in zip(outputs, sequences, strict=True)
-        ]
-        yield from zip(shard, targets[::2], targets[1::2], strict=True)
+        targets = {
+            i: answer_targets(output.prompt_logprobs, ids, start, k, vocab_size)
+            for output, (i, (ids, start)) in zip(outputs, sequences.items(), strict=True)
+        }
+        for i, pair in enumerate(shard):
+            yield pair, targets[2 * i], targets.get(2 * i + 1) or empty_targets(k)
 
     settings = teacher_settings(tokenizer, data, k, vocab_size, None, shard_tokens) | {"served_model": model}
     return write_teacher(tokenizer, data, Path(out), settings, model, score, progress=progress)
 
 
-def _sequences(shard: Sequence[Pair]) -> list[tuple[list[int], int]]:
-    """`(ids, start)` of both sides of each pair in turn: the ids of prompt and answer, and where the answer starts."""
-    return [
-        (np.concatenate((pair.prompt_ids, answer_ids)).tolist(), len(pair.prompt_ids))
-        for pair in shard
-        for answer_ids in (pair.chosen_ids, pair.rejected_ids)
-    ]
+def _sequences(shard: Sequence[Pair]) -> dict[int, tuple[list[int], int]]:
+    """`(ids, start)` of both sides of each pair in turn, by number: the ids of prompt and answer, and where the answer
+    starts. An answer without tokens has none."""
+    return {
+        2 * i + side: (np.concatenate((pair.prompt_ids, answer_ids)).tolist(), len(pair.prompt_ids))
+        for i, pair in enumerate(shard)
+        for side, answer_ids in enumerate((pair.chosen_ids, pair.rejected_ids))
+        if len(answer_ids)
+    }

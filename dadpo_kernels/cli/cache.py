@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .model_args import is_first_process, print_summary
+from .model_args import add_loading_arguments, is_first_process, load, print_summary
 from .values import at_least
 
 
@@ -11,6 +11,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="verify|info|convert|import")
     verify = actions.add_parser(
         "verify", help="check all files and values; the exit status is 1 if there is a problem"
+    )
+    verify.add_argument("--model", metavar="NAME|DIR", help="compare a sample with this model, the cache's teacher")
+    add_loading_arguments(verify)
+    verify.add_argument(
+        "--sample", type=at_least(1), default=16, metavar="N", help="pairs to compare (default %(default)s)"
+    )
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="root mean square that the labels' log-probabilities may differ by (default 0.02: more than float32 "
+        "engines differ, and less than logits rounded to bfloat16 do)",
     )
     info = actions.add_parser(
         "info", help="print settings, sizes, and how much of the teacher's probability each k covers"
@@ -80,7 +92,31 @@ def _verify(args: argparse.Namespace) -> int:
         count += 1
         print(problem)
     print(f"{args.cache}: {count} problem(s)" if count else f"{args.cache}: no problem found")
-    return 1 if count else 0
+    if count or args.model is None:
+        return 1 if count else 0
+    return _compare(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ..capture.compare import TOLERANCE, compare_with_teacher
+    from ..capture.load import load_tokenizer
+
+    tolerance = TOLERANCE if args.tolerance is None else args.tolerance
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance must be 0 or more, got {tolerance}")
+    tokenizer = load_tokenizer(args.model, revision=args.revision, gguf_file=args.gguf_file)
+    apart = compare_with_teacher(load(args), tokenizer, args.cache, sample=args.sample)
+    print(
+        f"labels of {apart.pairs} pairs, {apart.tokens} tokens, from the teacher's, in nats: {apart.mean:.2g} on "
+        f"average, {apart.rms:.2g} root mean square, at most {apart.most:.2g} (pair {apart.worst}); mass outside the "
+        f"top k at most {apart.tail:.2g} apart; {apart.same_ids:.2%} of the top-k ids are the same"
+    )
+    if apart.rms > tolerance:
+        print(
+            f"root mean square above {tolerance:g}: another teacher, another dtype, or a server that rounds its logits"
+        )
+        return 1
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -15,6 +15,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME|DIR", help=f"{what}: a model on the hub or a directory"
     )
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in that repository or directory")
     parser.add_argument(

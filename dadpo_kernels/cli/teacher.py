@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from ..capture.pairs import tokenize_pairs
     from ..capture.remote import capture_from_server
 
-    # Read and tokenize the pairs.
+    # The server's address and key are checked first, then the pairs are read and tokenized.
+    server = None if args.server is None else connect(args)
     source = {"revision": args.revision, "gguf_file": args.gguf_file}
     tokenizer = load_tokenizer(args.model, **source)
     longest = positions(args.model, **source)
@@ -85,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
         "shard_tokens": args.shard_tokens,
         "progress": True,
     }
-    if args.server is None:
+    if server is None:
         manifest = capture_teacher(load(args), tokenizer, data, args.out, batch_tokens=args.batch_tokens, **options)
     else:
         vocab_size = vocabulary_size(args.model, **source)
-        with closing(connect(args)) as server:
+        with closing(server):
             manifest = capture_from_server(
                 server, tokenizer, data, args.out, vocab_size=vocab_size, concurrency=args.concurrency, **options
             )
@@ -112,4 +113,7 @@ def _date_of(out: Path) -> date | None:
     if not (out / MANIFEST).is_file():
         return None
     today = read_manifest(out, "teacher").settings.get("today")
-    return date.fromisoformat(today) if today else None
+    try:
+        return date.fromisoformat(today) if today is not None else None
+    except (TypeError, ValueError):
+        raise ValueError(f"{out / MANIFEST} is malformed: settings.today is {str(today)[:40]!r}, no date") from None

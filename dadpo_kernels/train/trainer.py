@@ -92,7 +92,8 @@ class DaDPOTrainer(CheckedTrainer):
         self._shard_sampler: ShardSampler | None = None
         self.add_callback(_SetPosition(self))
         # Rejected answers are not even read by a stage that has no use for them.
-        self.chosen_only = not (args.beta_ref or args.beta_teacher) and (not args.kl_weight or args.kl_on == "chosen")
+        alone = isinstance(train_dataset, PairDataset) and not train_dataset.has_rejected
+        self.chosen_only = not _uses_rejected(args) or alone
         self.uses_teacher = bool(args.beta_teacher or args.kl_weight)
         self.tokens_seen = 0
         self._metrics: dict[str, Tensor] = {}
@@ -206,7 +207,7 @@ class DaDPOTrainer(CheckedTrainer):
         if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # calls this for each of its sets
         self._memory_tracker.start()
-        _check_sets(self.args, eval_dataset=eval_dataset)
+        _check_sets(self.args, train_dataset=self.train_dataset, eval_dataset=eval_dataset)
         if self.is_deepspeed_enabled and self.deepspeed is None:
             raise ValueError(
                 "evaluate() before train() has no DeepSpeed engine to run on: set eval_on_start, or evaluate "
@@ -251,10 +252,26 @@ class DaDPOTrainer(CheckedTrainer):
             yield batch
 
 
+def _uses_rejected(args: DaDPOConfig) -> bool:
+    return bool(args.beta_ref or args.beta_teacher or (args.kl_weight and args.kl_on != "chosen"))
+
+
 def _check_sets(args: DaDPOConfig, **sets: Any) -> None:
     """What can be known of data sets before the first batch."""
-    for name, dataset in named_sets(**sets).items():
-        if args.beta_ref and isinstance(dataset, PairDataset) and not dataset.has_reference:
+    pairs = {name: dataset for name, dataset in named_sets(**sets).items() if isinstance(dataset, PairDataset)}
+    alone = [name for name, dataset in pairs.items() if not dataset.has_rejected]
+    on_rejected = args.beta_ref or args.beta_teacher or (args.kl_weight and args.kl_on == "rejected")
+    if alone and on_rejected:
+        raise ValueError(
+            f"{alone[0]} has no rejected answers, and beta_ref={args.beta_ref}, beta_teacher={args.beta_teacher}, "
+            f"kl_on={args.kl_on!r} need them: train on pairs, or with sft_weight and kl_weight alone"
+        )
+    if alone and len(alone) < len(pairs) and _uses_rejected(args):
+        raise ValueError(
+            f"{', '.join(alone)} has no rejected answers, and another set has: set kl_on='chosen' for both"
+        )
+    for name, dataset in pairs.items():
+        if args.beta_ref and not dataset.has_reference:
             raise ValueError(
                 f"{name} has no reference log-probabilities and beta_ref={args.beta_ref}: run `dadpo reference` "
                 "on its cache, or set beta_ref=0"

@@ -201,14 +201,26 @@ def test_truncated_and_missing_shards(cache):
         PairDataset(cache)
 
 
+def renamed(number):
+    tokenizer = tiny_tokenizer()
+    vocabulary = {**tokenizer.get_vocab()}
+    tokenizer.get_vocab = lambda: {("other" if n == number else token): n for token, n in vocabulary.items()}
+    return tokenizer
+
+
 def test_wrong_tokenizer(cache):
-    other = tiny_tokenizer()
-    vocabulary = {**other.get_vocab()}
-    other.get_vocab = lambda: {("swapped" if number == 11 else token): number for token, number in vocabulary.items()}
-    with pytest.raises(
-        errors.CacheTokenizerError, match=r"id 11 is '.*' in the cache and 'swapped' in the given tokenizer"
-    ):
-        PairDataset(cache, tokenizer=other)
+    """An id that occurs must be the same token, in an answer or in a top k; others may be renamed."""
+    dataset = PairDataset(cache)
+    tokens = {int(i) for item in dataset for ids in item["pair"].ids for i in ids}
+    topk = {int(i) for item in dataset for side in ("chosen", "rejected") for i in item[f"{side}_topk_ids"].ravel()}
+    unused = sorted(set(range(250)) - tokens - topk)
+    for number in (min(tokens), min(topk - tokens)):
+        with pytest.raises(
+            errors.CacheTokenizerError,
+            match=rf"id {number}, which occurs in pair \d+, is '.*' in the cache and 'other' in the given tokenizer",
+        ):
+            PairDataset(cache, tokenizer=renamed(number))
+    assert len(PairDataset(cache, tokenizer=renamed(unused[0]))) == len(dataset)
 
 
 def test_ids_outside_the_students_vocabulary(cache):

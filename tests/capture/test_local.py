@@ -175,7 +175,10 @@ def test_the_reference_checks_the_pairs(tmp_path):
     capture_reference(tiny_llama(), other, tmp_path, tmp_path / "ref")
     with pytest.raises(CacheSettingsError, match="model_sha256"):
         capture_reference(tiny_llama(seed=2), TOKENIZER, tmp_path, tmp_path / "ref")
-    with pytest.raises(CacheTokenizerError, match=r"id \d+, which occurs in pair \d+, is .* in the cache and .* in the given tokenizer"):
+    with pytest.raises(
+        CacheTokenizerError,
+        match=r"id \d+, which occurs in pair \d+, is .* in the cache",
+    ):
         capture_reference(tiny_llama(), shuffled_tokenizer(), tmp_path)
     with pytest.raises(CacheVocabularyError, match="outside the vocabulary of 100"):
         capture_reference(tiny_llama(vocab_size=100), TOKENIZER, tmp_path)

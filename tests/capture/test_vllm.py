@@ -183,7 +183,7 @@ def test_the_probe_comes_before_the_first_request_of_a_later_shard(vllm, tmp_pat
     first, *_ = plan_shards(DATA.pairs, 100)
     settings = json.loads((part / name).read_text().splitlines()[0].partition(" ")[2])["settings"]
     with closing(ScoredSequences(tmp_path / name, settings)) as store:
-        for i, (ids, start) in enumerate(_sequences(first)):
+        for i, (ids, start) in _sequences(first).items():
             store.write(i, ids, start, answer_targets(prompt_logprobs(MODEL, ids, K), ids, start, K, V))
     vllm.prefix_cache = "unsalted"
     with pytest.raises(ServerError, match="gives other log-probabilities"):
@@ -501,3 +501,17 @@ def test_nothing_is_tried_again_after_a_stop(vllm):
     stopped.set()
     with closing(CompletionsServer(vllm.url, backoff=60)) as server, pytest.raises(ServerError, match="tried 1 times"):
         server.score(IDS, 1, K, lambda logprobs: logprobs, stopped)
+
+
+def test_one_answer_each(vllm, tmp_path):
+    """As by the local capture, and without a request for the answers that are not there."""
+    records = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in chat_records(3)]
+    data = tokenize_pairs(records, TOKENIZER)
+    capture_teacher(MODEL, TOKENIZER, data, tmp_path / "local", k=K)
+    with closing(CompletionsServer(vllm.url, **QUICK)) as server:
+        capture_from_server(server, TOKENIZER, data, tmp_path / "server", k=K, vocab_size=V)
+    for item, other in zip(PairDataset(tmp_path / "local"), PairDataset(tmp_path / "server"), strict=True):
+        np.testing.assert_allclose(item["chosen_label_logps"], other["chosen_label_logps"], atol=1e-4, rtol=0)
+        assert other["rejected_topk_ids"].shape == (0, K)
+    prompts = {(*pair.prompt_ids, *pair.chosen_ids) for pair in data.pairs}
+    assert set(vllm.served) == prompts

@@ -25,8 +25,12 @@ def files(tmp_path_factory):
     tokenizer.save_pretrained(root / "model")
     pairs = tokenize_pairs(chat_records(4), tokenizer, 64)
     capture_teacher(tiny_llama(seed=3), tokenizer, pairs, root / "cache", k=4)
-    tiny_llama().save_pretrained(root / "other")
-    tiny_tokenizer(270).save_pretrained(root / "other")
+    # Another tokenizer: two letters have each other's ids.
+    shutil.copytree(root / "model", root / "other")
+    document = json.loads((root / "other" / "tokenizer.json").read_text())
+    ids = document["model"]["vocab"]
+    ids["e"], ids["t"] = ids["t"], ids["e"]
+    (root / "other" / "tokenizer.json").write_text(json.dumps(document))
     return root
 
 

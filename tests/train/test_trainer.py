@@ -316,7 +316,7 @@ def test_configuration_is_checked(config, capsys):
     text = config.read_text()
     for extra, message in [
         ("beta_teachr: 1\n", "did you mean 'beta_teacher'"),
-        ("learning_rate: fast\n", "learning_rate.*fast"),
+        ("weight_decay: fast\n", "weight_decay.*fast"),
         ("support: tale\n", r"support.*tale.*choose from.*tail.*renormalized.*truncated"),
     ]:
         config.write_text(text + extra)

@@ -22,11 +22,17 @@ class ReadPairs:
 
 
 def as_trl_dataset(data: Any) -> Any:
-    """A `PairDataset` as a `datasets.Dataset` that reads it lazily; dicts by value; all else as it is."""
+    """A `PairDataset` as a `datasets.Dataset` that reads it lazily; dicts by value; all else as it is.
+
+    Raises:
+        ValueError: the cache has no rejected answers.
+    """
     if isinstance(data, dict):
         return {name: as_trl_dataset(value) for name, value in data.items()}
     if not isinstance(data, PairDataset):
         return data
+    if not data.has_rejected:
+        raise ValueError("the cache has no rejected answers, which DPO needs: train on pairs, or use DaDPOTrainer")
     return datasets.Dataset.from_dict({"position": range(len(data))}).with_transform(ReadPairs(data))
 
 
