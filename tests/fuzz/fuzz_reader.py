@@ -1,12 +1,13 @@
-"""Coverage-guided fuzzing of what this package reads from other programs: caches, and responses of a server.
+"""Coverage-guided fuzzing of what this package reads: caches, responses of a server, pairs, answers that an unfinished
+capture has stored, and configurations.
 
     pip install atheris
     python -m tests.fuzz.fuzz_reader -max_total_time=60 -len_control=0 -max_len=64
 
-An input either damages one file of a small cache and corrects the manifest's sizes and checksums, as a faulty program
-that writes caches could; or it damages a server's response. The reader must raise a typed error or give valid numbers.
-Other arguments are libFuzzer's. This file is not part of the test run: the `test_*` files check the same properties
-with hypothesis.
+An input damages one file. In a small cache, the manifest's sizes and checksums are then corrected, as a faulty program
+that writes caches could. The reader must raise a typed error or give valid numbers; stored answers must be what was
+stored. Other arguments are libFuzzer's. This file is not part of the test run: the `test_*` files check the same
+properties with hypothesis.
 """
 
 import contextlib
@@ -24,13 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 with atheris.instrument_imports(include=["dadpo_kernels.cache", "dadpo_kernels.capture"]):
     from dadpo_kernels.cache import dataset, verify
     from dadpo_kernels.cache.errors import CacheError
-    from dadpo_kernels.capture import prompt_logprobs, server
+    from dadpo_kernels.capture import pairs, prompt_logprobs, scored_sequences, server
     from dadpo_kernels.capture.errors import ResponseError
+    from dadpo_kernels.cli import yaml_file
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from dadpo_kernels.cache.format import pack
 from dadpo_kernels.capture.local import capture_reference, capture_teacher
-from dadpo_kernels.capture.pairs import tokenize_pairs
+from tests.capture.test_forms import FORMS
 from tests.support.tiny import chat_records, tiny_llama, tiny_tokenizer
 from tests.support.vllm_server import as_json, as_sglang
 from tests.support.vllm_server import prompt_logprobs as true_prompt_logprobs
@@ -44,9 +49,43 @@ RESPONSES = {
     for engine, response in (("vllm", as_json(ENTRIES)), ("sglang", as_sglang(ENTRIES, IDS, 0, K)))
 }
 ROOT = Path(tempfile.mkdtemp(prefix="fuzz-"))
-capture_teacher(MODEL, TOKENIZER, tokenize_pairs(chat_records(2), TOKENIZER, 40), ROOT, k=K)
+capture_teacher(MODEL, TOKENIZER, pairs.tokenize_pairs(chat_records(2), TOKENIZER, 40), ROOT, k=K)
 capture_reference(MODEL, TOKENIZER, ROOT)
 FILES = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted(ROOT.rglob("*.*")) if path.is_file()}
+
+
+# Files outside the cache, by the names that tell their readers.
+OTHER = Path(tempfile.mkdtemp(prefix="fuzz-"))
+TARGETS = prompt_logprobs.answer_targets(as_json(ENTRIES), IDS, 1, K, V)
+SETTINGS = {"k": K}
+(OTHER / "pairs.json").write_text(json.dumps([record for record, _ in FORMS.values()]))
+for number, (record, _) in enumerate(FORMS.values()):
+    (OTHER / f"{number}.jsonl").write_text(json.dumps(record))
+pq.write_table(pa.Table.from_pylist(chat_records(2)), OTHER / "pairs.parquet")
+with contextlib.closing(scored_sequences.ScoredSequences(OTHER / "answers", SETTINGS)) as store:
+    for number in range(3):
+        store.write(number, IDS, 1, TARGETS)
+(OTHER / "config.yaml").write_text("model: a\ncache: 'b'\nlearning_rate: 1e-4\nfsdp: {x: [1, 2.5, true]}\n")
+OTHERS = {path.name: path.read_bytes() for path in sorted(OTHER.iterdir())}
+
+
+def read_other(name: str, content: bytes) -> None:
+    path = OTHER / name
+    path.write_bytes(content)
+    with contextlib.suppress(ValueError):
+        if name == "answers":
+            with contextlib.closing(scored_sequences.ScoredSequences(path, SETTINGS)) as store:
+                for number in range(3):
+                    stored = store.read(number, IDS, 1)
+                    assert stored is None or all(
+                        pack(stored[column], column) == pack(TARGETS[column], column) for column in TARGETS
+                    )
+        elif name == "config.yaml":
+            yaml_file.read_settings(path)
+        else:
+            data = pairs.tokenize_pairs(pairs.read_pairs(path, on_error="skip"), TOKENIZER, 50, on_error="skip")
+            for pair in data.pairs:
+                assert len(pair.prompt_ids) > 0 < len(pair.chosen_ids)
 
 
 def damage(original: bytes, data: atheris.FuzzedDataProvider) -> bytes:
@@ -79,13 +118,13 @@ def read_cache(name: str, content: bytes) -> None:
     try:
         list(verify.problems(ROOT))
         with contextlib.suppress(CacheError):
-            pairs = dataset.PairDataset(ROOT, tokenizer=TOKENIZER)
-            for position in range(len(pairs)):
-                item = pairs[position]
+            cache = dataset.PairDataset(ROOT, tokenizer=TOKENIZER)
+            for position in range(len(cache)):
+                item = cache[position]
                 for column, values in item.items():
                     if column.endswith("_ids"):
                         assert values.min(initial=0) >= 0
-                        assert values.max(initial=0) < pairs.vocab_size
+                        assert values.max(initial=0) < cache.vocab_size
                     elif column != "pair":
                         assert (np.asarray(values) <= 1e-3).all(), column
     finally:
@@ -105,8 +144,10 @@ def read_response(engine: str, content: bytes) -> None:
 
 def one_input(content: bytes) -> None:
     data = atheris.FuzzedDataProvider(content)
-    name = data.PickValueInList([*FILES, *RESPONSES])
-    if name in RESPONSES:
+    name = data.PickValueInList([*FILES, *RESPONSES, *OTHERS])
+    if name in OTHERS:
+        read_other(name, damage(OTHERS[name], data))
+    elif name in RESPONSES:
         read_response(name, damage(RESPONSES[name], data))
     else:
         read_cache(name, damage(FILES[name], data))
@@ -118,3 +159,4 @@ if __name__ == "__main__":
         atheris.Fuzz()
     finally:
         shutil.rmtree(ROOT)
+        shutil.rmtree(OTHER)
