@@ -85,9 +85,9 @@ def check_resumable(directory: str | Path) -> None:
 def checkpoints(output_dir: str | Path) -> list[str]:
     """The checkpoints of a run, whole or not, the newest first."""
     steps = {
-        path: int(found[1])
+        path: int(match[1])
         for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else ())
-        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     }
     return [str(path) for path in sorted(steps, key=lambda path: -steps[path])]
 

@@ -122,16 +122,16 @@ def import_teacher_data(
         ):
             count += 1
             try:
-                found: list[Answer] = []
+                runs: list[Answer] = []
                 for scored in read(where, record):
                     survey.add(scored)
-                    found += answers(where, scored, vocab_size, k, label_bound)
+                    runs += answers(where, scored, vocab_size, k, label_bound)
             except TeacherDataError as error:
                 if on_error == "stop":
                     raise TeacherDataError(f"{error}; --on-error skip leaves such records out") from None
                 skipped.append(str(error))
                 continue
-            for answer in found:
+            for answer in runs:
                 spool.add(answer)
         if not spool.pairs:
             raise TeacherDataError(

@@ -147,11 +147,11 @@ def _bin(path: Path, values: Any) -> Bin:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: residual_bins must hold mappings of scale_dtype, element_bits and num_elements")
     fields = _Fields(path, values)
-    found = Bin(fields.dtype("scale_dtype"), fields.take("element_bits", int), fields.take("num_elements", int))
+    bins = Bin(fields.dtype("scale_dtype"), fields.take("element_bits", int), fields.take("num_elements", int))
     fields.finish()
-    if not (1 <= found.bits <= 32 and found.number >= 1):
-        raise ValueError(f"{path}: element_bits={found.bits}, num_elements={found.number}: 1 to 32 bits are supported")
-    return found
+    if not (1 <= bins.bits <= 32 and bins.number >= 1):
+        raise ValueError(f"{path}: element_bits={bins.bits}, num_elements={bins.number}: 1 to 32 bits are supported")
+    return bins
 
 
 _REQUIRED = object()
