@@ -143,7 +143,7 @@ def import_teacher_data(
         # Write them.
         data = TokenizedPairs(spool.pairs, None, 0, [], spool.digest.hexdigest())
         settings = teacher_settings(tokenizer, data, spool.fewest if k is None else k, vocab_size, None, shard_tokens)
-        settings |= {"sides": ["chosen"], "imported_from": data_format, "label_bound": label_bound}
+        settings |= {"imported_from": data_format, "label_bound": label_bound}
         info = {"model": model, "lost": list(lost), "skipped_records": len(skipped)}
         files = {VOCABULARY: vocabulary_file(vocabulary(tokenizer))}
 

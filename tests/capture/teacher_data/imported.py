@@ -5,9 +5,8 @@ import json
 import numpy as np
 import yaml
 
-from dadpo_kernels.cache.format import TEACHER_SCHEMA, unpack
-from dadpo_kernels.cache.reader import RowReader
-from dadpo_kernels.cache.shards import read_manifest
+from dadpo_kernels.cache.dataset import PairDataset
+from dadpo_kernels.cache.verify import problems
 from dadpo_kernels.capture.teacher_data.importing import import_teacher_data
 from tests.support import foreign
 from tests.support.foreign import VOCAB
@@ -34,18 +33,16 @@ def run(directory, data_format, records, packing=foreign.PACKING, **options):
 
 
 def rows(directory):
-    """The pairs of a cache, by index: `{column: array}`."""
-    manifest = read_manifest(directory / "cache", "teacher")
-    reader = RowReader(directory / "cache", TEACHER_SCHEMA)
-    names = {name: name.removeprefix("chosen_").removeprefix("prompt_") for name in TEACHER_SCHEMA.names[1:]}
-    found = {}
-    for shard in manifest.shards:
-        for number, index in enumerate(shard.index):
-            row = reader.read(shard, number)
-            found[index] = {
-                name: unpack(row[name], short) for name, short in names.items() if not name.startswith("rejected")
-            }
-    return [found[index] for index in sorted(found)]
+    """The pairs of a cache without problems, in the order of the source: `{column: array}` of the chosen answer."""
+    assert list(problems(directory / "cache")) == []
+    dataset = PairDataset(directory / "cache", tokenizer=TOKENIZER)
+    assert not dataset.has_rejected
+    found = []
+    for number in range(len(dataset)):
+        item = dataset[number]
+        pair = item.pop("pair")
+        found.append({**item, "prompt_ids": pair.prompt_ids, "chosen_ids": pair.chosen_ids})
+    return found
 
 
 def assert_true(row, sequence, k, start, end=None, *, atol=1e-5, half=4e-3):
@@ -55,7 +52,7 @@ def assert_true(row, sequence, k, start, end=None, *, atol=1e-5, half=4e-3):
     outside = np.log1p(-np.exp(logps).sum(1))
     np.testing.assert_array_equal(row["prompt_ids"], sequence.ids[:start])
     np.testing.assert_array_equal(row["chosen_ids"], sequence.ids[start:end])
-    np.testing.assert_array_equal(row["chosen_topk_ids"].reshape(-1, k), ids)
-    np.testing.assert_allclose(row["chosen_topk_logps"].reshape(-1, k), logps, atol=atol + half)
+    np.testing.assert_array_equal(row["chosen_topk_ids"], ids)
+    np.testing.assert_allclose(row["chosen_topk_logps"], logps, atol=atol + half)
     np.testing.assert_allclose(row["chosen_label_logps"], sequence.label_logps()[start:end], atol=atol)
     np.testing.assert_allclose(row["chosen_topk_tail"], outside, atol=10 * atol)

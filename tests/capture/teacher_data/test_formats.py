@@ -6,12 +6,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from dadpo_kernels.cache.dataset import PairDataset
 from dadpo_kernels.cache.errors import CacheSettingsError
 from dadpo_kernels.capture.teacher_data.importing import import_teacher_data
 from dadpo_kernels.capture.teacher_data.scored import TeacherDataError
+from dadpo_kernels.train.config import DaDPOConfig
+from dadpo_kernels.train.trainer import DaDPOTrainer
 from tests.capture.teacher_data.imported import MAKE, TOKENIZER, assert_true, rows, run
 from tests.support import foreign
 from tests.support.foreign import VOCAB
+from tests.support.tiny import tiny_llama
 
 
 @pytest.mark.parametrize("data_format", MAKE)
@@ -182,3 +186,24 @@ def test_distillkit_labels(tmp_path):
     labels = np.where(sequence.learned, sequence.ids, -100).tolist()
     run(tmp_path, "distillkit", [{**foreign.distillkit(sequence), "labels": labels}])
     assert_true(rows(tmp_path)[0], sequence, 8, 7)
+
+
+def test_a_student_learns_from_it(tmp_path):
+    """Distilled SFT, the same whichever framework has written the data; a preference loss is refused."""
+    sequences = [foreign.scored(seed) for seed in range(4)]
+    losses = []
+    for data_format in ("axolotl", "trl", "verl"):
+        (tmp_path / data_format).mkdir()
+        run(tmp_path / data_format, data_format, [MAKE[data_format](sequence) for sequence in sequences])
+        options = {
+            "output_dir": str(tmp_path / "out"), "max_steps": 3, "per_device_train_batch_size": 2, "use_cpu": True,
+            "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "kl_weight": 1.0,
+        }  # fmt: skip
+        dataset = PairDataset(tmp_path / data_format / "cache")
+        trainer = DaDPOTrainer(tiny_llama(), DaDPOConfig(**options), dataset, processing_class=TOKENIZER)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][0] > losses[0][-1] > 0
+    assert losses[1] == losses[2] == losses[0]
+    with pytest.raises(ValueError, match="has no rejected answers"):
+        DaDPOTrainer(tiny_llama(), DaDPOConfig(**options, beta_teacher=0.1), dataset, processing_class=TOKENIZER)
