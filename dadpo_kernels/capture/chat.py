@@ -22,8 +22,7 @@ class ChatTemplate:
             capture that goes on after midnight must get the date of its beginning.
 
     Raises:
-        ValueError: the template does not use a variable, a name is an argument of `apply_chat_template` itself, or the
-            date's format is no text in the template.
+        ValueError: the template does not use a variable, or a name is an argument of `apply_chat_template` itself.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, today: date | None = None) -> None:
@@ -35,11 +34,6 @@ class ChatTemplate:
         text = str(tokenizer.chat_template)
         if unknown := [name for name in self.kwargs if not re.search(rf"\b{re.escape(name)}\b", text)]:
             raise ValueError(f"the chat template does not use {', '.join(unknown)}: see its text for its variables")
-        if re.search(r"strftime_now\s*\(", _DATE.sub("", text)):
-            raise ValueError(
-                "the chat template asks for the date in a format that is no text, so that it would change every day: "
-                "give a template with a fixed date, with --chat-template (tokenizer.chat_template)"
-            )
 
     @property
     def today(self) -> str | None:
@@ -56,7 +50,8 @@ class ChatTemplate:
             options: of `apply_chat_template`, such as `add_generation_prompt`.
 
         Raises:
-            ValueError: there is no template, or it fails; the message has its words.
+            ValueError: there is no template, it fails (the message has its words), or its date's format is no text, so
+                that it cannot be replaced.
         """
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -67,6 +62,8 @@ class ChatTemplate:
         try:
             text, dates = _DATE.subn(self._date, self.tokenizer.get_chat_template(tools=tools))
             self.asked_for_date |= dates > 0
+            if re.search(r"strftime_now\s*\(", text):
+                raise ValueError("it asks for the date in a format that is no text, so that it would change every day")
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=text, return_dict=False, **variables, **options
             )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .model_args import add_loading_arguments, is_first_process, load, print_summary
+from .model_args import add_loading_arguments, add_shard_argument, is_first_process, load, print_summary
 from .values import at_least
 
 
@@ -71,13 +71,7 @@ def _configure_import(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="of distillkit (default: compression_config.yaml beside the data)",
     )
-    parser.add_argument(
-        "--shard-tokens",
-        type=at_least(1),
-        default=65536,
-        metavar="N",
-        help="answer tokens per file (default %(default)s)",
-    )
+    add_shard_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

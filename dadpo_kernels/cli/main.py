@@ -12,7 +12,7 @@ COMMANDS = {
     "pairs": "sample preference pairs from teacher and student, or import a set",
     "teacher": "score preference pairs with a teacher once and cache its targets",
     "reference": "add a reference model's log-probabilities to a cache",
-    "cache": "check a cache, summarise what it holds, or write a converted copy",
+    "cache": "check a cache, summarise it, convert it, or make one of another framework's teacher data",
     "train": "train a student from a cache of teacher targets",
     "memory": "show which plan of the loss fits into memory, and what it costs",
     "doctor": "report what is built, and which backend a call gets and why",

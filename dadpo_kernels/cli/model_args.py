@@ -67,6 +67,10 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="padded tokens per forward pass; lower it if memory runs out (default %(default)s)",
     )
+    add_shard_argument(parser)
+
+
+def add_shard_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-tokens",
         type=at_least(1),

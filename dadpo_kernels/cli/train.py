@@ -146,20 +146,16 @@ def _load(sources: TrainSources) -> tuple[Any, Any]:
     """The student's tokenizer and the student."""
     from transformers import AutoModelForCausalLM
 
-    from ..capture.load import load_tokenizer
+    from ..capture.load import load_tokenizer, loading
 
     if sources.revision is not None and Path(sources.model).is_dir():
         raise ValueError(f"revision={sources.revision!r} is for models on the hub, and {sources.model} is a directory")
     load: Any = AutoModelForCausalLM.from_pretrained
-    try:
-        tokenizer = load_tokenizer(sources.model, revision=sources.revision)
+    tokenizer = load_tokenizer(sources.model, revision=sources.revision)
+    with loading(sources.model):
         model, report = load(
             sources.model, revision=sources.revision, dtype=sources.weights_dtype, output_loading_info=True
         )
-    except ImportError:
-        raise  # the command line says what to install
-    except Exception as error:  # transformers has no common class for what is wrong with a model's files
-        raise ValueError(f"{sources.model} cannot be loaded: {str(error) or type(error).__name__}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{sources.model} has no {missing[0]} (and {len(missing) - 1} other parameters are missing), which would "

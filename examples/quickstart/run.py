@@ -16,6 +16,7 @@ from pathlib import Path
 from dadpo_kernels.cache.errors import CacheError
 from dadpo_kernels.cache.shards import REFERENCE, read_complete
 from dadpo_kernels.cli.main import main as dadpo
+from dadpo_kernels.train.checkpoints import LIST
 from examples.quickstart.evaluate import ROWS, evaluate, evaluate_teacher, reward_accuracy
 from examples.quickstart.plots import plot
 from examples.quickstart.precision import bfloat16_is_fast
@@ -81,13 +82,11 @@ def main() -> None:
     longer = ["--num_train_epochs", "3"] if args.full else []
     sft, student = out / "sft", out / "dadpo"
     options = ["--cache", out / "cache-train", *trained, *longer]
-    command(
-        (sft / "config.json").exists(), "train", HERE / "sft.yaml", "--model", pruned, "--output_dir", sft, *options
-    )
+    command((sft / LIST).exists(), "train", HERE / "sft.yaml", "--model", pruned, "--output_dir", sft, *options)
     cache = out / "cache-train"
     command(captured(cache / REFERENCE, "reference"), "reference", "--model", sft, "--cache", cache, *frozen)
     command(
-        (student / "config.json").exists(),
+        (student / LIST).exists(),
         "train",
         HERE / "dadpo.yaml",
         "--model",

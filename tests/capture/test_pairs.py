@@ -162,7 +162,8 @@ def test_a_template_gets_one_date():
     assert tokenizer.decode(data.pairs[0].prompt_ids).startswith("01 Feb 2025\n<|start|>user")
     assert tokenizer.decode(data.pairs[0].chosen_ids) == "a long one<|end|>\n"
     with pytest.raises(ValueError, match="asks for the date in a format that is no text"):
-        ChatTemplate(with_template("{{ strftime_now(form) }}" + DATED))
+        tokenize_pairs([CHAT], with_template("{{ strftime_now(form) }}" + DATED))
+    assert tokenize_pairs([TEXT], with_template("{{ strftime_now(form) }}")).today is None  # texts need no template
 
 
 def test_variables_of_the_template():

@@ -13,7 +13,8 @@ from dadpo_kernels.capture.prompt_logprobs import answer_targets, from_sglang
 from dadpo_kernels.capture.remote import capture_from_server
 from dadpo_kernels.capture.server import SGLangServer
 from dadpo_kernels.cli.main import main
-from tests.capture.test_vllm import DATA, IDS, JSON, MODEL, QUICK, TOKENIZER, K, V, check, check_sent, expected, vllm  # noqa: F401
+from tests.capture.test_prompt_logprobs import JSON
+from tests.capture.test_vllm import DATA, IDS, MODEL, QUICK, TOKENIZER, K, V, check, check_sent, expected, vllm  # noqa: F401
 from tests.support import vllm_server
 from tests.support.tiny import chat_records
 from tests.support.vllm_server import as_sglang, prompt_logprobs
