@@ -94,9 +94,9 @@ def read_pairs(
     by_prompt: dict[str, dict[bool, list[tuple[str, dict[str, Any]]]]] = {}
     for where, record in islice(records(source), limit):
         try:
-            label = record.get("label") if isinstance(record, dict) and "completion" in record else None
             pair = as_pair(where, record, pairs.notes, columns)
-            if label is not None and "completion" in pair:
+            named = "completion" in record or "completion" in (columns or {})
+            if (label := record.get("label")) is not None and named and "completion" in pair:
                 if label not in (True, False):
                     raise ValueError(f"{where}: label is {str(label)[:40]!r}: true or false is needed")
                 key = json.dumps({**pair, "completion": None}, sort_keys=True)

@@ -216,6 +216,8 @@ def test_kto(tmp_path):
     assert pairs == [PAIR]
     assert pairs.where == [f"{tmp_path / 'kto.jsonl'}, line 1"]
     assert list(pairs.notes.values()) == [2]
+    renamed = [{"prompt": r["prompt"], "answer": r["completion"], "label": r["label"]} for r in records]
+    assert read_pairs(lines(tmp_path / "kto.jsonl", renamed), columns={"completion": "answer"}) == [PAIR]
     with pytest.raises(ValueError, match="line 1: label is 'maybe': true or false"):
         read_pairs(lines(tmp_path / "kto.jsonl", [{**records[0], "label": "maybe"}]))
     with pytest.raises(ValueError, match="no pairs"):
