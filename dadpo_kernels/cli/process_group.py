@@ -17,7 +17,9 @@ def ending_process_group() -> Iterator[None]:
     active exception`: gloo's threads release the tensors of a finished operation, for which they need the interpreter
     (https://github.com/pytorch/pytorch/pull/179291). The process then reports failure although its work is done. The
     threads end with the group's last reference, not with `destroy_process_group`, and a trainer that is done but not
-    yet collected holds some: so the block is followed by a collection. A group that exists before the block belongs
+    yet collected holds some: so the block is followed by a collection. The last reference is then ours. Python's own
+    release of a group lets the threads have the interpreter while it waits for them; that of DDP's `Reducer`, which a
+    collection may come to last, does not, and both would wait for ever. A group that exists before the block belongs
     to the caller, and stays.
 
     After an error, destroying the group can block, because it waits for operations in which the other processes may
@@ -34,8 +36,10 @@ def ending_process_group() -> Iterator[None]:
             thread.join(_SECONDS)
         raise
     if _is_initialized() and not existed:
+        group = sys.modules["torch.distributed"].group.WORLD
         _destroy()
         gc.collect()
+        del group
 
 
 def _is_initialized() -> bool:

@@ -73,6 +73,35 @@ def test_no_thread_of_the_group_outlives_a_command(tmp_path, monkeypatch):
     assert becomes(False)
 
 
+def leave_garbage_and_waiting_threads():
+    """A cycle with DDP's reducer, and threads of the group that wait for the interpreter to release tensors."""
+    dist.init_process_group("gloo")
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    trainer = {"reducer": dist.Reducer(parameters, [[0]], [2**20], dist.group.WORLD, [False])}
+    trainer["callback"] = trainer
+    dist.barrier()
+    sys.setswitchinterval(100)  # the main thread does not hand over the interpreter
+    for _ in range(8):
+        dist.all_gather([torch.zeros(1), torch.zeros(1)], torch.ones(1), async_op=True)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        pass
+
+
+def end_while_threads_wait(rank, port):
+    join(rank, 2, port)
+    with ending_process_group():
+        leave_garbage_and_waiting_threads()
+
+
+def test_the_threads_get_the_interpreter_while_the_group_ends(processes):  # noqa: F811
+    port = free_port()
+    started = [processes.Process(target=end_while_threads_wait, args=(rank, port)) for rank in range(2)]
+    for process in started:
+        process.start()
+    assert finished(started) == [0, 0]
+
+
 def test_an_error_that_main_does_not_handle(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "run", command_that_joins(tmp_path, RuntimeError("of the command")))
     with pytest.raises(RuntimeError, match="of the command"):

@@ -5,10 +5,12 @@ The set has 10 pairs and a step takes 8 of them, so in every second step all ran
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,7 +85,7 @@ def launch(recipe: str, *options: str) -> subprocess.Popen:
     """`accelerate launch` of a recipe, as the documentation has it, with fewer processes."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / f"{recipe}.yaml")]
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     return subprocess.Popen(
@@ -93,7 +95,12 @@ def launch(recipe: str, *options: str) -> subprocess.Popen:
 
 def finish(*runs: subprocess.Popen) -> None:
     for run in runs:
-        output, _ = run.communicate(timeout=240)
+        try:
+            output, _ = run.communicate(timeout=240)
+        except subprocess.TimeoutExpired:  # show where each process is, and leave none behind
+            for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+                process.send_signal(signal.SIGABRT)
+            output, _ = run.communicate()
         assert run.returncode == 0, output[-4000:]
 
 
