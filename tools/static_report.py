@@ -99,7 +99,7 @@ def compile_fused(
 
 def listed(chip: Chip, kernel: str, dtype: torch.dtype, variant: str) -> list[tuning.Config]:
     """The configurations that a call on this chip chooses from, and those that no GPU has met yet."""
-    return tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1], unproven=True)
+    return tuning.candidates(kernel, chip.capability // 10, dtype, VARIANTS[variant][1])
 
 
 def one_pass(tiles: RowTiles, name: str) -> None:

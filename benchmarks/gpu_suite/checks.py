@@ -59,10 +59,7 @@ def correctness(s: Settings, lane: str) -> Iterator[Task]:
 
 def configurations(s: Settings) -> Iterator[Task]:
     """Blocks that reach over the last row and the last column, of every configuration but the fixed ones."""
-    lists = [
-        candidates(kernel, s.capability // 10, torch.bfloat16, width_of("softcap"), unproven=True)
-        for kernel in CONFIGS
-    ]
+    lists = [candidates(kernel, s.capability // 10, torch.bfloat16, width_of("softcap")) for kernel in CONFIGS]
 
     def run(choice: int, case: str, budget: int) -> dict:
         with mock.patch.object(triton_, "choose", nth_choice(choice, s.capability)):
@@ -76,11 +73,11 @@ def configurations(s: Settings) -> Iterator[Task]:
 
 
 def nth_choice(choice: int, capability: int) -> Callable[..., Config]:
-    """In the place of `triton_.choose`: that of each kernel's list, or its last, as for -1."""
+    """In the place of `triton_.choose`: that of each kernel's list, or its last."""
 
-    def choose(kernel: str, hidden: Tensor, *_) -> Config:
-        choices = candidates(kernel, capability // 10, hidden.dtype, hidden.shape[1], unproven=True)
-        return choices[-1] if choice < 0 else choices[min(choice, len(choices) - 1)]
+    def choose(kernel: str, hidden: Tensor, softcap: bool, tma: bool, *_) -> Config:
+        choices = candidates(kernel, capability // 10, hidden.dtype, hidden.shape[1], tma=tma)
+        return choices[min(choice, len(choices) - 1)]
 
     return choose
 

@@ -4,19 +4,15 @@ The scalar is the mean of the labels' log-probabilities and, with top-k ids, of 
 know cross-entropy alone take part without top-k ids only, and get masked tokens removed where they do not remove them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from unittest import mock
+from collections.abc import Callable
 
 from torch import Tensor
 
 from benchmarks.cases import IGNORE_INDEX
-from benchmarks.gpu_suite.checks import nth_choice
-from benchmarks.gpu_suite.settings import PERSISTENT, PLANS, Settings
+from benchmarks.gpu_suite.settings import PLANS, Settings
 from benchmarks.gpu_suite.timing import Unavailable
 from benchmarks.variants import dense_logps, trl_logps
 from dadpo_kernels import linear_selected_logps
-from dadpo_kernels.ops.backends import triton_
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 EAGER = "PyTorch eager"
@@ -32,21 +28,13 @@ def ours(s: Settings, backend: str, plan: str) -> Loss:
     Raises:
         Unavailable: the backend cannot run here.
     """
-    options = {"backend": s.backend("triton" if backend == PERSISTENT else backend), "memory_budget": PLANS[plan]}
+    options = {"backend": s.backend(backend), "memory_budget": PLANS[plan]}
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, topk_ids: Tensor | None) -> Tensor:
         out = linear_selected_logps(hidden, weight, labels, topk_ids, **options)
         return mean_of(*out) if topk_ids is not None else mean_of(out.label)
 
     return loss
-
-
-@contextmanager
-def as_chosen(s: Settings, backend: str) -> Iterator[None]:
-    """For `PERSISTENT`, the fused kernels that no call takes yet, the last of each list."""
-    last = mock.patch.object(triton_, "choose", nth_choice(-1, s.capability))
-    with last if backend == PERSISTENT else nullcontext():
-        yield
 
 
 def our_name(backend: str, plan: str) -> str:

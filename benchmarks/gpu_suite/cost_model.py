@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu_suite.settings import PERSISTENT
 from dadpo_kernels.ops.backends.cuda import CudaTiles
 from dadpo_kernels.ops.backends.gpu_base import RowTiles
 from dadpo_kernels.ops.backends.triton_ import PROBE, SPAN, FusedTiles, TritonTiles
@@ -124,18 +123,17 @@ def fused_pass(gpu: GPU, tile: Fused, tokens: int, width: int, vocab: int, kerne
 
 def step(
     gpu: GPU, backend: str, plan: str, tokens: int, width: int, vocab: int, top_k: int, tiles: tuple[Fused, ...]
-    = (SQUARE, TALL),
+    = (WIDE,),
 ) -> float:  # fmt: skip
     """Seconds of forward with backward of `linear_selected_logps` in bfloat16, everything valid.
 
     Args:
-        backend: "cuda", "triton_rows", "triton", or `PERSISTENT`.
+        backend: "cuda", "triton_rows" or "triton".
         plan: "retain" or "recompute".
         tiles: blocks that the fused kernels have to choose from.
     """
     retain, bfloat16 = plan == "retain", torch.bfloat16
-    if backend in ("triton", PERSISTENT):
-        tiles = (WIDE,) if backend == PERSISTENT else tiles
+    if backend == "triton":
         columns = FusedTiles.tile_columns(tokens, width, bfloat16)
 
         def fused(kernel: str) -> float:

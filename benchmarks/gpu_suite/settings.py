@@ -32,7 +32,6 @@ TOKENS = 8192  # valid ones
 TOP_K = (64, 0)
 REPEATS = 7
 GPU_BACKENDS = ("triton", "cuda", "triton_rows")
-PERSISTENT = "triton persistent"  # with the fused kernels of `tuning.UNPROVEN`
 PLANS = {"retain": RETAIN_EVERYTHING, "recompute": 0}
 TINY = (32, 64, 600)  # tokens, width and vocabulary of a dry run
 

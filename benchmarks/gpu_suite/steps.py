@@ -9,10 +9,9 @@ import torch
 
 from benchmarks.cases import Inputs, peaked_head, with_teacher
 from benchmarks.gpu_suite import cost_model
-from benchmarks.gpu_suite.contenders import EAGER, RIVALS, Loss, as_chosen, our_name, ours, rival
+from benchmarks.gpu_suite.contenders import EAGER, RIVALS, Loss, our_name, ours, rival
 from benchmarks.gpu_suite.settings import (
     GPU_BACKENDS,
-    PERSISTENT,
     PLANS,
     REPEATS,
     SHAPES,
@@ -104,17 +103,11 @@ def table(s: Settings, lane: str) -> Iterator[Task]:
 
 
 def rows(s: Settings, shape: Shape, top_k: int, masked: bool, data: Callable[[], Batch]) -> Iterator[Task]:
-    unproven = (PERSISTENT,) if shape in SHAPES[:2] and top_k == TOP_K[0] and not masked else ()
-    for backend in (*GPU_BACKENDS, *unproven):
+    for backend in GPU_BACKENDS:
         for plan in PLANS:
             name = {"shape": shape.name, "top_k": top_k, "masked": masked, "name": our_name(backend, plan)}
             time = SETUP + TUNING * (backend == "triton") + calls() * expected(shape, top_k, backend, plan)
-            yield Task(f"{backend}, {plan}", name, partial(our_step, s, backend, plan, data), time)
-
-
-def our_step(s: Settings, backend: str, plan: str, data: Callable[[], Batch]) -> dict:
-    with as_chosen(s, backend):
-        return measured(s, partial(ours, s, backend, plan), data)
+            yield Task(f"{backend}, {plan}", name, partial(measured, s, partial(ours, s, backend, plan), data), time)
 
 
 def products(s: Settings, shape: Shape, data: Callable[[], Batch]) -> Task:

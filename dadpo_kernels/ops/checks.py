@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 INTEGERS = (torch.int64, torch.int32)
+ON_DEVICE = 254  # characters of a message that PyTorch's assertion on a GPU takes
 
 
 def require(ok: Tensor, values: Tensor, name: str, remedy: str, index: Tensor | None = None) -> None:
@@ -12,15 +13,16 @@ def require(ok: Tensor, values: Tensor, name: str, remedy: str, index: Tensor | 
     Where `values` are those of the tokens at `index` of the flattened batch, the message says which token of it.
 
     On a GPU, and in a compiled graph, the condition is asserted on the device instead: the program stops with the
-    same message, a little later, and no kernel launch waits for the answer. Meta tensors have no values to check.
+    same remedy, a little later, and no kernel launch waits for the answer. Meta tensors have no values to check.
     """
     if ok.is_cuda or ok.is_meta or torch.compiler.is_compiling():
-        torch._assert_async(ok.all(), f"{name}: {remedy}")
+        torch._assert_async(ok.all(), f"{name}: {remedy}"[:ON_DEVICE])
     elif not ok.all():
         first = (~ok).nonzero()[0].tolist()
         value = values[tuple(first)].item()
         if index is not None:
             first[0] = index[first[0]].item()
+            remedy += " (the first index counts the tokens of the flattened batch)"
         raise ValueError(f"{name}{first} is {value}: {remedy}")
 
 
@@ -52,8 +54,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...], device: torch.devi
 def check_range(name: str, ids: Tensor, vocab: int, index: Tensor | None = None) -> None:
     """Every id of the tokens at `index` (of all tokens, flattened) lies in `[0, vocab)`; None: those of all tokens."""
     remedy = (
-        f"outside the head's vocabulary [0, {vocab}) (the first index counts the tokens of the flattened batch); mask "
-        "positions with ignore_index; for a teacher's ids, resize the student's embeddings to the teacher's "
-        "vocabulary, or use a teacher of the student's family"
+        f"outside the head's vocabulary [0, {vocab}); mask positions with ignore_index; for a teacher's ids, resize "
+        "the student's embeddings to the teacher's vocabulary, or use a teacher of the student's family"
     )
     require((ids >= 0) & (ids < vocab), ids, name, remedy, index)

@@ -88,12 +88,11 @@ def test_tasks_have_names_of_their_own_and_the_most_telling_come_first():
         assert len(set(names)) == len(names) > 0, name
         assert all(task.expected > 0 for task in tasks)
     steps_ = [task.name for task in STAGES["table"].tasks(DRY, "all") if "top_k" in task.name]
-    ours, more = len(GPU_BACKENDS) * len(PLANS), len(PLANS)  # more: the persistent kernels, where goals are set
-    assert [(row["shape"], row["top_k"], row["masked"]) for row in steps_[: 3 * ours + 2 * more]] == [
-        *[("Llama-3-8B", 64, False)] * (ours + more), *[("Llama-3-8B", 64, True)] * ours,
-        *[("Qwen2.5-0.5B", 64, False)] * (ours + more),
+    ours = len(GPU_BACKENDS) * len(PLANS)
+    assert [(row["shape"], row["top_k"], row["masked"]) for row in steps_[: 3 * ours]] == [
+        *[("Llama-3-8B", 64, False)] * ours, *[("Llama-3-8B", 64, True)] * ours, *[("Qwen2.5-0.5B", 64, False)] * ours,
     ]  # fmt: skip
-    assert len(steps_) == ours * (len(SHAPES) * len(TOP_K) + 1) + 2 * more
+    assert len(steps_) == ours * (len(SHAPES) * len(TOP_K) + 1)
     assert not any("torch" in row["name"] for row in steps_)
 
 
@@ -336,11 +335,11 @@ def test_other_checks_pass():
 def test_every_configuration_meets_an_edge():
     """Of Hopper's: each but the fixed one, with rows and columns that no block divides."""
     tasks = list(checks.correctness(DRY, checks.CONFIGURATIONS))
-    lists = [build.tuning.candidates(kernel, 9, torch.bfloat16, 128, unproven=True) for kernel in build.tuning.CONFIGS]
+    lists = [build.tuning.candidates(kernel, 9, torch.bfloat16, 128) for kernel in build.tuning.CONFIGS]
     assert {task.name["choice"] for task in tasks} == set(range(1, max(map(len, lists))))
     hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
-    chosen = {checks.nth_choice(task.name["choice"], 90)("retain", hidden) for task in tasks}
-    assert chosen == {*build.tuning.CONFIGS["retain"][9][1:], *build.tuning.UNPROVEN["retain"]}
+    chosen = {checks.nth_choice(task.name["choice"], 90)("retain", hidden, False, True) for task in tasks}
+    assert chosen == {*build.tuning.CONFIGS["retain"][9][1:]}
     row = tasks[0].run()
     assert row["ok"], row
 
@@ -393,9 +392,7 @@ def test_jobs_cover_every_shape_and_configuration():
     jobs = build.jobs(90)
     assert {job.width for job in jobs} >= {shape.width for shape in SHAPES}
     assert {job.top_k for job in jobs} >= set(TOP_K)
-    lists = [
-        build.tuning.candidates(kernel, 9, torch.bfloat16, 4096, unproven=True) for kernel in build.tuning.CONFIGS
-    ]
+    lists = [build.tuning.candidates(kernel, 9, torch.bfloat16, 4096) for kernel in build.tuning.CONFIGS]
     assert {job.choice for job in jobs if job.backend == "triton"} == set(range(max(map(len, lists))))
 
 
@@ -472,8 +469,9 @@ def test_what_the_sanitizers_watch(monkeypatch):
     hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
     monkeypatch.setattr(sanitizer, "evaluate", lambda *_: chosen.append(triton_.choose("retain", hidden, 0, 0, None)))
     sanitizer.run_kernels(torch.device("cpu"), "triton")
-    assert [config.TMA for config in chosen] == [False] * 4 + [True] * 4
-    assert [config.PERSISTENT for config in chosen] == [False] * 6 + [True] * 2
+    usual, others = chosen[:4], chosen[4:]
+    assert len(set(usual)) == 1
+    assert set(others) == {*build.tuning.CONFIGS["retain"][9][1:]}
 
 
 def test_rivals_of_both_calls_are_known():

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from dadpo_kernels.ops.backends.triton_kernels import hopper
-from dadpo_kernels.ops.backends.tuning import UNPROVEN
+from dadpo_kernels.ops.backends.tuning import CONFIGS
 from tests.support import gluon_model
 from tests.support.gluon_model import Descriptor, Machine, rounded
 from tools import offline
@@ -52,7 +52,7 @@ def compiled(kernel, stored: bool, options: bool, stages: int):
     ("name", "kernel"), [("forward", hopper.forward), ("retain", hopper.forward), ("gradient", hopper.logit_gradient)]
 )
 def test_compiled(name, kernel, options):
-    (config,) = UNPROVEN[name]
+    config = CONFIGS[name][9][0]
     assert config.options == {**BLOCK, "STAGES": config.num_stages, "num_warps": 8}
     stored = name != "forward"
     code = compiled(kernel, stored, options, config.num_stages)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from dadpo_kernels.ops.backends.base import Coefficients, Retained, State
-from dadpo_kernels.ops.backends.tuning import CONFIGS, TALL, UNPROVEN, Config
+from dadpo_kernels.ops.backends.tuning import CONFIGS, TALL, Config
 from dadpo_kernels.ops.backends.tuning import SMALL as SMALL_BLOCK
 from tools import machine_code, static_report
 from tools.machine_code import (
@@ -324,8 +324,7 @@ def test_the_committed_report_is_of_the_extension_of_today(committed):
 
 def test_shared_memory_is_what_the_configurations_say(committed):
     """At most: `candidates` cuts its lists by it."""
-    lists = [*(c for chips in CONFIGS.values() for c in chips.values()), *UNPROVEN.values()]
-    configs = {str(c): c for choices in lists for c in choices}
+    configs = {str(c): c for chips in CONFIGS.values() for choices in chips.values() for c in choices}
     configs[str(SMALL_BLOCK)] = SMALL_BLOCK
     fused = [
         r for version in COMPILERS for r in static_report.compiled_rows(committed[f"Triton {version}"])

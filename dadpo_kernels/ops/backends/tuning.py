@@ -67,29 +67,26 @@ class Config(NamedTuple):
 
 SQUARE, NARROW = Config(128, 128, 64, 8, 8, 3), Config(128, 64, 64, 8, 4, 3)
 FLAT, SMALL = Config(64, 256, 64, 8, 8, 3), Config(64, 64, 32, 8, 4, 3)
-# Two blocks of the square with four warps fit on a Hopper SM: one's epilogue overlaps the other's product. The tall
-# block computes a third more with each byte that it copies.
-PAIRED = Config(128, 128, 64, 8, 4, 3, TMA=True)
-TALL, DEEP = Config(256, 128, 64, 8, 8, 3, TMA=True), Config(256, 128, 64, 8, 8, 4, TMA=True)
-HOPPER = [SQUARE, NARROW, FLAT, SQUARE.described, NARROW.described, PAIRED, TALL, DEEP]
+# The fastest on an H100, of twice as many: a persistent program for each SM, whose copies run on in the epilogue; two
+# blocks of the square with four warps on an SM, one's epilogue beside the other's product; a tall block, which
+# computes a third more with each byte that it copies.
+WIDE = Config(128, 256, 64, 8, 8, 3, TMA=True, PERSISTENT=True)
+PAIRED, TALL = Config(128, 128, 64, 8, 4, 3, TMA=True), Config(256, 128, 64, 8, 8, 4, TMA=True)
+HOPPER = [PAIRED, TALL, SQUARE]
+BLACKWELL = [SQUARE, NARROW, FLAT, SQUARE.described]
 
 # By kernel and compute capability's major; later chips get the last.
 CONFIGS = {
-    "forward": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
-    "retain": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [NARROW, NARROW.described, SQUARE, SQUARE.described]},
-    "gradient": {8: [SQUARE, NARROW, FLAT], 9: HOPPER, 10: [SQUARE, NARROW, FLAT, SQUARE.described]},
+    "forward": {8: [SQUARE, NARROW, FLAT], 9: [WIDE._replace(num_stages=4), *HOPPER], 10: BLACKWELL},
+    "retain": {
+        8: [SQUARE, NARROW, FLAT],
+        9: [WIDE, *HOPPER],
+        10: [NARROW, NARROW.described, SQUARE, SQUARE.described],
+    },
+    "gradient": {8: [SQUARE, NARROW, FLAT], 9: [WIDE, *HOPPER], 10: BLACKWELL},
     # A few columns, and none most of the time: not worth timing.
     "probe": {8: [SQUARE]},
     "repair": {8: [NARROW]},
-}
-
-# Compiled and run in a model, never on a GPU: `benchmarks/gpu_suite` holds them against the lists above, and no call
-# takes them before it has.
-WIDE = Config(128, 256, 64, 8, 8, 3, TMA=True, PERSISTENT=True)
-UNPROVEN = {
-    "forward": [WIDE._replace(num_stages=4)],
-    "retain": [WIDE],
-    "gradient": [WIDE],
 }
 
 
@@ -101,7 +98,6 @@ def candidates(
     *,
     tma: bool = True,
     shared: int = 2**31,
-    unproven: bool = False,
 ) -> list[Config]:
     """The list of one kernel (of `CONFIGS`), the fixed choice first.
 
@@ -111,14 +107,13 @@ def candidates(
     Args:
         tma: descriptors can be made of the operands.
         shared: bytes of shared memory that a block may have; consumer cards have less than their generation's big one.
-        unproven: with those that no call takes yet, at the end.
     """
     if dtype == torch.float32:
         return [SMALL]
     chips = CONFIGS[kernel]
-    choices = chips.get(major, chips[max(chips)]) + (UNPROVEN.get(kernel, []) if unproven and major == 9 else [])
+    choices = chips.get(major, chips[max(chips)])
     if width % 64:
-        choices = [SMALL, *(config for config in choices if config.TMA)]
+        choices = [*(config for config in choices if config.TMA), SMALL]
     return [config for config in choices if (tma or not config.TMA) and config.shared(kernel, dtype) <= shared]
 
 
