@@ -13,6 +13,7 @@ from triton.knobs import nvidia
 
 REGISTERS_PER_SM, WARPS_PER_SM, TENSOR_COLUMNS = 65_536, 64, 512
 MATRIX = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")  # of sm_80, sm_90 and sm_100
+THREADS = {"cuda.topk": 512}  # of a block of the extension, where they are not 128
 LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 
 
@@ -119,14 +120,15 @@ def architectures(module: Path) -> dict[int, str]:
     return {int(capability): arch for arch, capability in pairs}
 
 
-def inspect_extension(chip: Chip, module: Path, threads: int) -> list[Compiled]:
-    """Every kernel of a module that nvcc built for this chip, `threads` a block. None has a matrix product."""
+def inspect_extension(chip: Chip, module: Path) -> list[Compiled]:
+    """Every kernel of a module that nvcc built for this chip. None has a matrix product."""
     arch = architectures(module)[chip.capability]
     functions = re.split(r"Function : ", cuobjdump(module, "-sass", "-arch", arch))[1:]
     code = {text.split(maxsplit=1)[0]: text for text in functions}
     rows = []
     for mangled, usage in resource_usage(module, "-arch", arch).items():
         name, dtype, chunks = readable(mangled)
+        threads = THREADS.get(name, 128)
         blocks = chip.blocks(usage["REG"], usage["SHARED"], threads // 32)
         rows.append(
             Compiled(
@@ -148,7 +150,7 @@ def inspect_extension(chip: Chip, module: Path, threads: int) -> list[Compiled]:
 
 def readable(mangled: str) -> tuple[str, str, int]:
     """`(kernel, dtype, chunks)` of a mangled name, whose template arguments, if any, are the last two."""
-    match = re.search(r"\d([a-z_]+)_kernel(?:I(?:\d*(f|__half|__nv_bfloat16))?(?:Li(\d)E)?E)?", mangled)
+    match = re.search(r"\d([a-z_]+)_kernel(?:I(?:\d*(f|__half|__nv_bfloat16))?(?:Li(\d+)E)?E)?", mangled)
     if not match:
         raise ValueError(f"{mangled} is no kernel of this package")
     types = {"f": "float32", "__half": "float16", "__nv_bfloat16": "bfloat16", None: "float32"}

@@ -53,7 +53,7 @@ FUSED = {
     "probe": "forward",
     "repair": "repair",
 }  # by `CONFIGS`
-ROWS, TOP_K, CUDA_THREADS = 16, 64, 512
+ROWS, TOP_K = 16, 64
 # What changes the code: options of the head, and a width that no depth of a block divides (fused kernels only).
 VARIANTS = {"plain": (False, 64), "bias, softcap": (True, 64), "bias, softcap, ragged width": (True, 72)}
 TILES = (4096, 8192)  # columns: of thousands of tokens, and of fewer
@@ -146,7 +146,7 @@ def triton_part() -> Part:
 
 
 def cuda_part(module: Path) -> Part:
-    work = {f"sm_{c}": partial(inspect_extension, chip, module, CUDA_THREADS) for c, chip in CHIPS.items()}
+    work = {f"sm_{c}": partial(inspect_extension, chip, module) for c, chip in CHIPS.items()}
     return Part(fingerprint("cuda"), work)
 
 

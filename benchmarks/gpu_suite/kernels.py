@@ -114,7 +114,8 @@ def fused_tiles(s: Settings, shape: Shape) -> triton_.FusedTiles:
 
 
 def configured(s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str, config: tuning.Config) -> dict:
-    """A fused kernel over one tile of columns: its time alone, and how far it is from the list's last configuration.
+    """A fused kernel over the columns that it takes at a time: its time alone, and how far it is from the list's last
+    configuration.
 
     The largest difference, relative to the largest value, is `ok` if roundings of bfloat16 explain it.
     """
@@ -150,20 +151,22 @@ def configured(s: Settings, tiles: Callable[[], triton_.FusedTiles], kernel: str
         difference = max(difference, apart.item())
     row = {"difference": difference, "ok": difference <= torch.finfo(torch.bfloat16).eps}
     if times:
-        time, columns = statistics.median(times), first_tile(tiles())
+        time, columns = statistics.median(times), columns_of(tiles(), kernel)
         row |= {"seconds": time, "flops": 2 * TOKENS * columns * width / time}
     return row
 
 
-def first_tile(tiles: triton_.FusedTiles) -> int:
-    """Its columns."""
-    return min(len(tiles.weight), tiles.tile_columns(*tiles.hidden.shape, torch.bfloat16))
+def columns_of(tiles: triton_.FusedTiles, kernel: str) -> int:
+    """What a kernel takes at a time: a span in the forward, a tile in the backward."""
+    rows = len(tiles.hidden)
+    columns = tiles.tile_columns(*tiles.hidden.shape, torch.bfloat16) if kernel == "gradient" else triton_.span(rows)
+    return min(len(tiles.weight), columns)
 
 
 def fused_pass(tiles: triton_.FusedTiles, kernel: str) -> Callable[[], tuple[Tensor, ...]]:
-    """By its name in `tuning`: a pass over the first tile, as it is called, and what it computes."""
+    """By its name in `tuning`: a pass over the first columns, as it is called, and what it computes."""
     rows, entries = tiles.entries.ids.shape
-    columns = first_tile(tiles)
+    columns = columns_of(tiles, kernel)
     ones = torch.ones(rows, device=tiles.hidden.device)
     retained = Retained(tiles.padded(columns, tiles.hidden.dtype), torch.zeros_like(ones))
     coefficients = Coefficients(ones, 14 * ones, torch.ones_like(tiles.entries.ids, dtype=torch.float32))

@@ -83,9 +83,10 @@ def batch(s: Settings, shape: Shape, top_k: int, masked: bool = False) -> Batch:
     tokens, width, vocab = s.sizes(shape)
     hidden, weight, labels = peaked_head(tokens, width, vocab, device=s.device)
     hidden, weight = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
-    ids = torch.randint(vocab, (tokens, top_k), device=s.device) if top_k else None
-    if ids is not None:
-        ids[:, 0] = labels
+    ids = None
+    if top_k:  # all different, as a teacher's are, and the label among them
+        step = torch.randint(1, vocab // top_k, (tokens, 1), device=s.device)
+        ids = (labels[:, None] + step * torch.arange(top_k, device=s.device)) % vocab
     if masked:
         hidden, labels = torch.cat([hidden, hidden]), torch.cat([labels, torch.full_like(labels, IGNORE_INDEX)])
         ids = None if ids is None else torch.cat([ids, ids])

@@ -14,20 +14,23 @@
 #include "passes.h"
 
 #ifndef DADPO_THREADS
-#define DADPO_THREADS 512
+#define DADPO_THREADS 128
+#endif
+#ifndef DADPO_WIDER
+#define DADPO_WIDER 1
 #endif
 
 namespace dadpo {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = DADPO_THREADS, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kThreads = DADPO_THREADS * DADPO_WIDER, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kVector = 8;  // adjacent columns per thread: one 16-byte access of a 2-byte type, two of float
 constexpr int kStep = kThreads * kVector;  // columns per block and chunk; a thread loads all its chunks before it uses one
-constexpr int kMaxChunks = 4;
+constexpr int kMaxColumns = DADPO_THREADS * kVector * 8;  // more do not fit into a small block's registers
 // Blocks on a multiprocessor that the compiler leaves registers for: left alone, it spills some to fit one more.
 template <int kChunks>
-constexpr int kResident = kChunks < kMaxChunks ? 2 : 1;
+constexpr int kResident = (kChunks <= 3 ? 1024 : kChunks <= 6 ? 512 : 384) / kThreads;
 constexpr unsigned kAll = 0xffffffffu;  // full warp mask
 
 // Launches `kernel` with kThreads threads per block. An empty grid is skipped: CUDA rejects it.
@@ -51,18 +54,18 @@ void launch(const Queue& queue, const char* name, void (*kernel)(Args), dim3 gri
 // Blocks needed for `count` items, `each` per block.
 inline unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
-// Calls `visit` with the number of chunks that the tile's rows take, as a constant. Rows that are not aligned start up
-// to 3 columns late in the first one: see Window.
-template <typename Visit>
+// Calls `visit` with a number of chunks that hold the tile's rows, the least of an ascending list, as a constant. Rows
+// that are not aligned start up to 3 columns late in the first one: see Window.
+template <int kFirst, int... kMore, typename Visit>
 void for_chunks(const Tile& t, Visit visit) {
     const bool aligned = t.stride % 4 == 0 && reinterpret_cast<uintptr_t>(t.products) % 16 == 0;
-    const int64_t chunks = (int64_t{t.columns} + (aligned ? 0 : 3) + kStep - 1) / kStep;
-    if (chunks > kMaxChunks)
+    if (int64_t{t.columns} + (aligned ? 0 : 3) <= int64_t{kFirst} * kStep)
+        return visit(std::integral_constant<int, kFirst>{});
+    if constexpr (sizeof...(kMore) > 0)
+        for_chunks<kMore...>(t, visit);
+    else
         throw std::runtime_error("a row of " + std::to_string(t.columns) + " columns does not fit into a block of " +
-                                 std::to_string(kStep * kMaxChunks));
-    if (chunks <= 1) return visit(std::integral_constant<int, 1>{});
-    if (chunks == 2) return visit(std::integral_constant<int, 2>{});
-    return visit(std::integral_constant<int, kMaxChunks>{});
+                                 std::to_string(kFirst * kStep));
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -198,21 +201,18 @@ __device__ __forceinline__ void load_logits(const Tile& t, const float* row, con
     }
 }
 
-// The entries [begin, end) of a row whose ids lie in [first, last).
+// The entries [begin, end) of a row whose ids lie in [first, last). All lanes of a warp count together: a search would
+// wait for one load after the other.
 struct Hits {
-    int begin, end;
+    int begin = 0, end = 0;
 
-    __device__ __forceinline__ Hits(const int32_t* ids, int count, int first, int last)
-        : begin(lower_bound(ids, count, first)), end(lower_bound(ids, count, last)) {}
-    __device__ __forceinline__ static int lower_bound(const int32_t* ids, int count, int id) {
-        int low = 0;
-        while (count > 0) {
-            const int half = count / 2;
-            const bool below = ids[low + half] < id;
-            low = below ? low + half + 1 : low;
-            count = below ? count - half - 1 : half;
+    __device__ __forceinline__ Hits(const int32_t* ids, int count, int first, int last) {
+        for (int e = threadIdx.x % kWarp; e < count; e += kWarp) {
+            begin += ids[e] < first;
+            end += ids[e] < last;
         }
-        return low;
+        begin = __reduce_add_sync(kAll, begin);
+        end = __reduce_add_sync(kAll, end);
     }
 };
 

@@ -1,10 +1,17 @@
-// Row passes over a tile of products; each reads the tile once, a thread block a row.
+// Row passes over a tile of products; each reads the tile once, a thread block a row. Blocks are small, so that a
+// multiprocessor has many rows at a time and the waits of one are work of another.
 
 #include "device.cuh"
 
 namespace dadpo {
 namespace cuda {
 namespace {
+
+template <typename Visit>
+void for_rows(const Tile& t, Visit visit) {
+    static_assert(8 * kStep == kMaxColumns);
+    for_chunks<1, 2, 3, 4, 6, 8>(t, visit);
+}
 
 // Sets the logit of `column` to -inf, in the registers of the thread that holds it.
 template <int kItems>
@@ -81,9 +88,11 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient 
     const Tile& t = a.tile;
     const int64_t row = blockIdx.x;
     const float* products = t.products + row * t.stride;
+    const int32_t* ids = t.entries.ids + row * t.entries.count;
     const Window w(products, t.columns);
     float z[kChunks * kVector];
     load_logits<kChunks>(t, products, w, z);
+    const Hits hits(ids, t.entries.count, t.first, t.first + t.columns);
 
     const float c = a.c[row], base = a.base[row];
     const Transform transform(t);
@@ -100,9 +109,7 @@ __global__ void __launch_bounds__(kThreads) logit_gradient_kernel(LogitGradient 
         store(out, w, w.at(k), dz);
     }
     __syncthreads();  // other threads have stored to the same columns
-    const int32_t* ids = t.entries.ids + row * t.entries.count;
     const float* values = a.values + row * t.entries.count;
-    const Hits hits(ids, t.entries.count, t.first, t.first + t.columns);
     for (int e = hits.begin + static_cast<int>(threadIdx.x); e < hits.end; e += kThreads)
         if (distinct(ids, e)) out[ids[e] - t.first] = from_float<T>(values[e]);
 }
@@ -166,10 +173,10 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums a) {
 
 }  // namespace
 
-int max_columns() { return kStep * kMaxChunks; }
+int max_columns() { return kMaxColumns; }
 
 void forward(const Queue& queue, const Forward& a) {
-    for_chunks(a.tile, [&](auto chunks) {
+    for_rows(a.tile, [&](auto chunks) {
         for_type(a.exps.type, [&](auto type) {
             launch(queue, "forward", forward_kernel<decltype(type), decltype(chunks)::value>, dim3(a.tile.rows), a);
         });
@@ -177,7 +184,7 @@ void forward(const Queue& queue, const Forward& a) {
 }
 
 void logit_gradient(const Queue& queue, const LogitGradient& a) {
-    for_chunks(a.tile, [&](auto chunks) {
+    for_rows(a.tile, [&](auto chunks) {
         for_type(a.dz.type, [&](auto type) {
             launch(queue, "logit_gradient", logit_gradient_kernel<decltype(type), decltype(chunks)::value>,
                    dim3(a.tile.rows), a);

@@ -7,6 +7,7 @@
 
 #include <climits>
 
+#define DADPO_WIDER 4  // keys are counted up to 32 times: the fewer a thread has, the better
 #include "device.cuh"
 
 namespace dadpo {
@@ -181,7 +182,8 @@ int max_k() { return kSlots * kThreads; }
 
 void topk(const Queue& queue, const TopK& a) {
     if (a.keep > max_k()) throw std::runtime_error("k=" + std::to_string(a.keep) + " exceeds " + std::to_string(max_k()));
-    for_chunks(a.tile, [&](auto chunks) {
+    static_assert(2 * kStep == kMaxColumns);
+    for_chunks<1, 2>(a.tile, [&](auto chunks) {
         launch(queue, "topk", topk_kernel<decltype(chunks)::value>, dim3(a.tile.rows), a);
     });
 }

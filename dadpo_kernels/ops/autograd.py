@@ -39,15 +39,12 @@ def selected_logps(
     valid = ValidTokens(hidden, head, selection, backend, buffer_bytes)
     buffer = valid.tiles.empty(buffer_bytes, dtype=torch.uint8, device=hidden.device)
     if grad_tolerance is None:
-        state = run_forward(valid.tiles, valid.plan, buffer)
-        dead = state.max.new_empty(len(valid.index), 0)
+        outputs = valid.logps(run_forward(valid.tiles, valid.plan, buffer))
     else:
         state, dead = valid.live_pass(grad_tolerance, buffer, len(labels)).forward()
-    *logps, summary = valid.logps(state)
-    label, topk, tail, summary = (
-        spread(values, valid.index, labels) for values in (*logps, torch.cat([summary, dead], 1))
-    )
-    return label, topk, tail, summary, buffer, *selection
+        *logps, summary = valid.logps(state)
+        outputs = (*logps, torch.cat([summary, dead], 1))
+    return *(spread(values, valid.index, labels) for values in outputs), buffer, *selection
 
 
 @selected_logps.register_fake

@@ -31,14 +31,19 @@ def compact(hidden: Tensor, index: Tensor) -> Tensor:
 
 
 def spread(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """Values of the tokens at `index` at their places among as many tokens as `like` has, 0 elsewhere."""
+    """Values of the tokens at `index`, ascending, at their places among as many tokens as `like` has, 0 elsewhere.
+
+    Contiguous, and no view of another tensor.
+    """
+    if len(index) == len(like):
+        alone = values.is_contiguous() and 0 < values.nbytes == values.untyped_storage().nbytes()
+        return values if alone else values.clone(memory_format=torch.contiguous_format)
     return values.new_zeros(len(like), *values.shape[1:]).index_copy_(0, index, values)
 
 
 def spread_gradient(gradient: Tensor, index: Tensor, hidden: Tensor) -> Tensor:
     """Hidden's gradient, `[n, H]` of the tokens at `index`, in hidden's dtype and shape."""
-    rounded = gradient.to(hidden.dtype)
-    return rounded.contiguous() if len(index) == len(hidden) else spread(rounded, index, hidden)
+    return spread(gradient.to(hidden.dtype), index, hidden)
 
 
 def local_ids(ids: Tensor, first: int, columns: int) -> Tensor:

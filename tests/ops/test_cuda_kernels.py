@@ -238,5 +238,5 @@ def test_what_does_not_fit_is_refused(host):
     case.columns = host.COLUMNS + 1
     with pytest.raises(RuntimeError, match="does not fit into a block of"):
         case.check_gradient(torch.zeros(ROWS, 10))
-    with pytest.raises(RuntimeError, match="k=257 exceeds 256"):
-        host.topk(case.queue, Case(host, 10).tile(), 0, 0, 0, 0, 0, 257, 0, 0)
+    with pytest.raises(RuntimeError, match=f"k={host.MAX_K + 1} exceeds {host.MAX_K}"):
+        host.topk(case.queue, Case(host, 10).tile(), 0, 0, 0, 0, 0, host.MAX_K + 1, 0, 0)

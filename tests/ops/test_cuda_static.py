@@ -15,10 +15,10 @@ from dadpo_kernels.ops.backends.cuda import obstacle, runs_on
 from dadpo_kernels.ops.backends.registry import resolve
 
 KERNELS = {  # how many variants, and the least number of 128-bit loads and stores for each chunk of a row
-    "forward_kernel": (9, 2, 1),
-    "logit_gradient_kernel": (9, 2, 1),
+    "forward_kernel": (18, 2, 1),
+    "logit_gradient_kernel": (18, 2, 1),
     "column_sums_kernel": (3, 4, 0),
-    "topk_kernel": (3, 2, 0),
+    "topk_kernel": (2, 2, 0),
     "exchange_kernel": (3, 0, 0),
 }
 
@@ -41,6 +41,12 @@ def dump(*options: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def chunks_of(name: str) -> int:
+    """Of a row, in a kernel with this mangled name."""
+    match = re.search(r"_kernelI\w*?Li(\d+)E", name)
+    return int(match[1]) if match else 1
+
+
 def architectures() -> list[str]:
     listed = cuda._cuda.ARCHITECTURES if cuda._cuda else ""
     return [f"sm_{v.removesuffix('+PTX').replace('.', '')}" for v in listed.split()]
@@ -49,7 +55,7 @@ def architectures() -> list[str]:
 @built
 @pytest.mark.parametrize("arch", architectures())
 def test_resources(arch):
-    """No spills, no stack, no local memory; a block of 512 threads fits."""
+    """No spills, no stack, no local memory; as many blocks fit as hide each other's waits."""
     text = dump("--dump-resource-usage")
     sections = [s for s in re.split(r"Fatbin (?=elf|ptx)", text) if re.search(rf"arch = {arch}\n", s)]
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", "".join(sections))
@@ -58,7 +64,7 @@ def test_resources(arch):
         assert len(instances) == variants, kernel
         for name, registers, stack, shared, local in instances:
             assert (stack, local) == ("0", "0"), name
-            assert int(registers) <= 128, name  # of 65,536 for 512 threads
+            assert int(registers) <= 65_536 // (384 if chunks_of(name) > 3 else 1024), name
             assert int(shared) <= 17 * 1024, name  # of which the system may take 1 KiB
 
 
@@ -72,7 +78,7 @@ def test_instructions(arch):
         assert len(instances) == variants, kernel
         for code in instances:
             name = code.splitlines()[0]
-            chunks = int(match[1]) if (match := re.search(r"_kernelI\w*?Li(\d)E", name)) else 1
+            chunks = chunks_of(name)
             assert len(re.findall(r"\bLDG\.E\.128", code)) >= chunks * loads, name
             assert len(re.findall(r"\bSTG\.E\.128", code)) >= chunks * stores, name
             assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED|STL|LDL)\b", code), name
@@ -83,9 +89,10 @@ def test_instructions(arch):
 def test_loads_are_in_flight_together(arch):
     """The 128-bit loads of all of a thread's vectors are issued before the first exponential needs one."""
     for code in re.split(r"Function : ", dump("-sass", "-arch", arch))[1:]:
-        if chunks := re.search(r"forward_kernelI\w+?Li(\d)E", code.splitlines()[0]):
+        name = code.splitlines()[0]
+        if "forward_kernel" in name:
             before = code[: code.index("MUFU.EX2")]
-            assert len(re.findall(r"\bLDG\.E\.128", before)) >= 2 * int(chunks[1])
+            assert len(re.findall(r"\bLDG\.E\.128", before)) >= 2 * chunks_of(name)
 
 
 @built

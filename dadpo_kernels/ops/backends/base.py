@@ -46,9 +46,7 @@ class Entries:
     @cached_property
     def repeats(self) -> Tensor:
         """`[n, M]` bool: the entry before has the same id."""
-        same = torch.zeros_like(self.in_topk)
-        same[:, 1:] = self.ids[:, 1:] == self.ids[:, :-1]
-        return same
+        return torch.nn.functional.pad(self.ids[:, 1:] == self.ids[:, :-1], (1, 0))
 
     def thrice(self) -> Tensor:
         """`[n]` bool: some id of the row stands three times or more."""
@@ -206,7 +204,7 @@ class Best:
 def inside_topk(entries: Entries, selected: Tensor) -> Tensor:
     """`[n, M]`: the logits of the top-k ids, each id once, -inf elsewhere."""
     counted = entries.in_topk.clone()
-    counted[:, 1:] &= ~(entries.repeats[:, 1:] & entries.in_topk[:, :-1])
+    counted[:, 1:].logical_and_(~(entries.repeats[:, 1:] & entries.in_topk[:, :-1]))
     return selected.where(counted, -torch.inf)
 
 

@@ -171,8 +171,8 @@ class FusedTiles(TritonTiles):
         """`[n, M]` bool: the last of equal ids, if one of them is a top-k id."""
         ids, drop = self.entries.ids, self.entries.in_topk.clone()
         same = ids[:, 1:] == ids[:, :-1]
-        drop[:, 1:] |= same  # the label comes last among equals
-        drop[:, :-1] &= ~same
+        drop[:, 1:].logical_or_(same)  # the label comes last among equals
+        drop[:, :-1].logical_and_(~same)
         return drop
 
     @classmethod

@@ -6,6 +6,7 @@ times them once. `DADPO_AUTOTUNE=0` takes the first of the list instead: the sam
 rounding, on every machine of that generation. `DADPO_CACHE_DIR` moves the file.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -77,13 +78,17 @@ BLACKWELL = [SQUARE, NARROW, FLAT, SQUARE.described]
 
 # By kernel and compute capability's major; later chips get the last.
 CONFIGS = {
-    "forward": {8: [SQUARE, NARROW, FLAT], 9: [WIDE._replace(num_stages=4), *HOPPER], 10: BLACKWELL},
+    "forward": {
+        8: [SQUARE, NARROW, FLAT],
+        9: [WIDE._replace(num_stages=4), WIDE._replace(num_stages=4, GROUP=16), *HOPPER],
+        10: BLACKWELL,
+    },
     "retain": {
         8: [SQUARE, NARROW, FLAT],
-        9: [WIDE, *HOPPER],
+        9: [WIDE, WIDE._replace(GROUP=16), *HOPPER],
         10: [NARROW, NARROW.described, SQUARE, SQUARE.described],
     },
-    "gradient": {8: [SQUARE, NARROW, FLAT], 9: [WIDE, *HOPPER], 10: BLACKWELL},
+    "gradient": {8: [SQUARE, NARROW, FLAT], 9: [WIDE, WIDE._replace(GROUP=16), *HOPPER], 10: BLACKWELL},
     # A few columns, and none most of the time: not worth timing.
     "probe": {8: [SQUARE]},
     "repair": {8: [NARROW]},
@@ -250,6 +255,7 @@ def write(stored: dict) -> None:
         return
 
 
+@functools.cache  # reading a package's metadata takes most of a millisecond
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
