@@ -91,9 +91,9 @@ def three_products(gpu: GPU, tokens: int, width: int, vocab: int) -> float:
 
 def row_pass(gpu: GPU, tiles: type[RowTiles], rows: int, columns: int, gradient: bool, moved: int) -> float:
     """Seconds of one pass over a tile in memory, `moved` bytes an element."""
-    if tiles is CudaTiles:  # 16 warps a row, each with 1, 2 or 4 chunks of 8 columns a thread
-        chunks = min(4, 1 << (math.ceil(columns / 4096) - 1).bit_length())
-        issued = math.ceil(rows / MULTIPROCESSORS) * 16 * (60 + (180 if gradient else 200) * chunks) / 4
+    if tiles is CudaTiles:  # 4 warps a row, each with up to 8 chunks of 8 columns a thread
+        chunks = math.ceil(columns / 1024)
+        issued = math.ceil(rows / MULTIPROCESSORS) * 4 * (100 + (180 if gradient else 200) * chunks) / 4
     else:  # 26 instructions an element, on a row padded to a power of two, 128 lanes a cycle
         issued = rows / MULTIPROCESSORS * (1 << (columns - 1).bit_length()) * 26 / 128
     return max(issued / ISSUE / gpu.clock, rows * columns * moved / (SHARE_OF_COPY * gpu.copy)) + 3e-6
@@ -145,7 +145,7 @@ def step(
         products += fused("forward") * PROBE / vocab + 6 * KERNEL if retain else math.ceil(vocab / columns) * KERNEL
     else:
         kind = {"cuda": CudaTiles, "triton_rows": TritonTiles}[backend]
-        columns = min(16384 if kind is CudaTiles else 8192, RowTiles.tile_columns(tokens, width, bfloat16))
+        columns = min(8192, RowTiles.tile_columns(tokens, width, bfloat16))
         tile = product(gpu, tokens, columns, width, 4)
         if retain:
             a_tile = tile + row_pass(gpu, kind, tokens, columns, False, 6)

@@ -15,6 +15,8 @@ from .log import debug
 from .run import exact_plan
 from .valid_tokens import compact, spread
 
+FASTEST = ("cuda",)  # on an H100 three times as fast as Triton's radix select
+
 
 class TopkLogps(NamedTuple):
     """Log-probabilities in nats, float32 (float64 for float64 inputs).
@@ -53,7 +55,7 @@ def linear_topk_logps(
         k: 0 to V.
         labels: `[...]` int64 or int32, aligned with hidden. Where it is `ignore_index` the token is skipped: ids,
             logps, tail and label are 0 there. None: every token counts and `label` is None.
-        ignore_index, backend, head_options: as in `linear_selected_logps`.
+        ignore_index, backend, head_options: as in `linear_selected_logps`; on GPUs "auto" is "cuda" where that is built.
 
     Returns:
         `TopkLogps(ids [..., k], logps [..., k], tail [...], label [...] or None)`.
@@ -67,7 +69,7 @@ def linear_topk_logps(
         raise ValueError(f"k={k} must lie in [0, V={len(head.weight)}]")
     if labels is not None:
         checks.check_ids("labels", labels, shape, hidden.device)
-    name = resolve(backend, hidden.device, hidden.dtype)
+    name = resolve(backend, hidden.device, hidden.dtype, FASTEST)
     if name == "cpu" and k > cpu.MAX_K:
         if backend == "cpu":
             raise ValueError(f'k={k} is above the cpu backend\'s {cpu.MAX_K}; use backend="torch"')

@@ -7,6 +7,7 @@ from torch.library import opcheck
 import dadpo_kernels.ops.topk_logps as module
 from dadpo_kernels import linear_selected_logps, linear_topk_logps
 from dadpo_kernels.ops.backends import cpu
+from dadpo_kernels.ops.backends.registry import BACKENDS, resolve
 from tests.ops import contract
 from tests.ops.contract import Subject, check_topk
 from tests.support.dense import IGNORE, Problem, random_problem
@@ -74,3 +75,17 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="above the cpu backend's"):
         linear_topk_logps(hidden, torch.randn(5000, 8), 3000, backend="cpu")
     assert linear_topk_logps(hidden, torch.randn(5000, 8), 3000).ids.shape == (4, 3000)
+
+
+def test_auto_prefers_the_faster_select(monkeypatch):
+    """Where it is there; the order of everything else is the registry's."""
+    obstacles = {"cuda": None, "triton": None, "triton_rows": None}
+    for name in obstacles:
+        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(obstacle=lambda *_, name=name: obstacles[name]))
+    gpu = torch.device("cuda", 0)
+    assert resolve("auto", gpu, torch.bfloat16, module.FASTEST) == "cuda"
+    assert resolve("auto", gpu, torch.bfloat16) == "triton"
+    assert resolve("triton", gpu, torch.bfloat16, module.FASTEST) == "triton"
+    assert resolve("auto", torch.device("cpu"), torch.float32, module.FASTEST) == "cpu"
+    obstacles["cuda"] = "it is not built"
+    assert resolve("auto", gpu, torch.bfloat16, module.FASTEST) == "triton"

@@ -4,7 +4,7 @@ A backend is a `Tiles` class (see `base.py`) and an `obstacle` function that tel
 `reference`, the dense oracle, is not tiled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class Backend(NamedTuple):
     live: type[LivePass] = LivePass  # its live plan
 
 
-# In order of preference; on GPUs by the cost model of `benchmarks/gpu_suite`, until one has timed them.
+# In order of preference: as measured on an H100 (benchmarks/REPORT.md).
 BACKENDS = {
     "cpu": Backend(cpu.CpuTiles, cpu.obstacle, ("cpu",), CpuLivePass),
     "triton": Backend(triton_.FusedTiles, triton_.obstacle, ("cuda",)),
@@ -41,8 +41,11 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend={backend!r} is unknown; choose one of auto, reference, {', '.join(BACKENDS)}")
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, first: Sequence[str] = ()) -> str:
     """The backend that a call with tensors of this device and dtype runs on.
+
+    Args:
+        first: names that "auto" prefers to the order of `BACKENDS`.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run this call, with the reason.
@@ -53,7 +56,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "reference":
         return backend
     if backend == "auto":
-        for name, candidate in BACKENDS.items():
+        for name in dict.fromkeys([*first, *BACKENDS]):
+            candidate = BACKENDS[name]
             if device.type not in candidate.devices:
                 continue
             reason = candidate.obstacle(device, dtype)

@@ -80,15 +80,15 @@ BLACKWELL = [SQUARE, NARROW, FLAT, SQUARE.described]
 CONFIGS = {
     "forward": {
         8: [SQUARE, NARROW, FLAT],
-        9: [WIDE._replace(num_stages=4), WIDE._replace(num_stages=4, GROUP=16), *HOPPER],
+        9: [WIDE._replace(num_stages=4), *HOPPER],
         10: BLACKWELL,
     },
     "retain": {
         8: [SQUARE, NARROW, FLAT],
-        9: [WIDE, WIDE._replace(GROUP=16), *HOPPER],
+        9: [WIDE, *HOPPER],
         10: [NARROW, NARROW.described, SQUARE, SQUARE.described],
     },
-    "gradient": {8: [SQUARE, NARROW, FLAT], 9: [WIDE, WIDE._replace(GROUP=16), *HOPPER], 10: BLACKWELL},
+    "gradient": {8: [SQUARE, NARROW, FLAT], 9: [WIDE, *HOPPER], 10: BLACKWELL},
     # A few columns, and none most of the time: not worth timing.
     "probe": {8: [SQUARE]},
     "repair": {8: [NARROW]},
