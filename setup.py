@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 X86 = {  # best first: the module takes the first that the processor has
+    "v4_amx": ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DDADPO_TILES"],
     "v4_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
     "v4": ["-march=x86-64-v4"],
     "v3": ["-march=x86-64-v3"],

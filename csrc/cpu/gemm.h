@@ -5,7 +5,7 @@
 // bfloat16 dot products, otherwise packing widens it to float32. A "unit" is 4 bytes along the inner dimension (one
 // float or a pair of bfloat16), so both types share all loops and differ only in `Dot`. Depths and strides are in
 // units. Layouts:
-//   A  unit (i, k) at a[i * row_stride + k * k_stride]
+//   A  unit (i, k) where `Strides` says
 //   B  panels of kPanel columns: b[panel][k][kPanel] units
 //   C  row-major float32, row stride ldc
 // BLIS-style register blocks of kRows x kPanel accumulators (Van Zee & van de Geijn, doi 10.1145/2764454).
@@ -17,11 +17,14 @@
 #include <utility>
 
 #include "simd.h"
+#if defined(DADPO_TILES)
+#include "tiles.h"
+#endif
 
 namespace dadpo {
 namespace {
 
-constexpr int kRows = 6;  // of A per register block
+constexpr int kRows = 6;  // of A per register block, but for tiled products
 constexpr int kPanel = kRowVectors * kLanes;  // columns per register block
 inline long panels_of(long columns) { return (columns + kPanel - 1) / kPanel; }
 constexpr long kLine = 16;  // units in a cache line
@@ -34,7 +37,7 @@ template <typename T>
 struct Operand {
     using type = float;
 };
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(DADPO_TILES)
 template <>
 struct Operand<uint16_t> {
     using type = uint16_t;
@@ -49,6 +52,36 @@ struct Units {
     static long count(long elements) { return (elements + per - 1) / per; }
 };
 
+// Products of type U are AMX's.
+template <typename U>
+#if defined(DADPO_TILES)
+constexpr bool kTiled = std::is_same_v<U, uint16_t>;
+#else
+constexpr bool kTiled = false;
+#endif
+// Rows of A per block.
+template <typename U>
+constexpr int kBlockRows = kTiled<U> ? 32 : kRows;
+// Rows of A that a thread's share is a multiple of.
+template <typename U>
+constexpr int kGrain = kTiled<U> ? 16 : kRows;
+
+// Where A has unit (i, k), with R = kBlockRows: at a[i / R * block + i % R * row + k * inner].
+struct Strides {
+    long block, row, inner;
+};
+// Of a matrix whose rows are `stride` units apart.
+template <typename U>
+constexpr Strides by_rows(long stride) {
+    return {kBlockRows<U> * stride, stride, 1};
+}
+// Of what `pack_blocks_transposed` leaves.
+template <typename U>
+constexpr Strides by_blocks(long depth) {
+    if constexpr (kTiled<U>) return by_rows<U>(depth);
+    return {kRows * depth, 1, kRows};
+}
+
 // acc + the dot products of unit `a`, broadcast, with the units `b` [kLanes].
 template <typename U>
 struct Dot;
@@ -60,7 +93,7 @@ struct Dot<float> {
         return acc + x * (vf)b;
     }
 };
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(DADPO_TILES)
 template <>
 struct Dot<uint16_t> {
     static vf add(vf acc, uint32_t a, vu b) {
@@ -72,8 +105,7 @@ struct Dot<uint16_t> {
 // Register block: c [R, kPanel] (+)= A [R, depth] times one B panel. Sums start at zero and are added to C at the end:
 // tens of thousands of softmax terms, each below half an ulp of C, would be lost if they were added one by one.
 template <typename U, int R>
-inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint32_t* b, long depth, float* c, long ldc,
-                  bool accumulate) {
+inline void micro(const uint32_t* a, Strides in, const uint32_t* b, long depth, float* c, long ldc, bool accumulate) {
     vf acc[R][kRowVectors];
     for (int i = 0; i < R; i++)
         for (int j = 0; j < kRowVectors; j++) acc[i][j] = vf{};
@@ -85,7 +117,7 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
         for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
             for (int j = 0; j < kRowVectors; j++)
-                acc[i][j] = Dot<U>::add(acc[i][j], a[i * row_stride + k * k_stride], col[j]);
+                acc[i][j] = Dot<U>::add(acc[i][j], a[i * in.row + k * in.inner], col[j]);
     }
     for (int i = 0; i < R; i++)
         for (int j = 0; j < kRowVectors; j++) {
@@ -94,10 +126,13 @@ inline void micro(const uint32_t* a, long row_stride, long k_stride, const uint3
         }
 }
 
-// Units per sweep: `depth` in equal sweeps of at most kInner; the last may be shorter.
+// Units per sweep: `depth` in equal sweeps of at most kInner, of whole slices where products are tiled; the last may be
+// shorter.
+template <typename U>
 inline long sweep_of(long depth) {
+    constexpr long slice = kTiled<U> ? 16 : 1;
     const long sweeps = std::max(1L, (depth + kInner - 1) / kInner);
-    return (depth + sweeps - 1) / sweeps;
+    return ((depth + sweeps - 1) / sweeps + slice - 1) / slice * slice;
 }
 
 // Prefetches memory into L2, spread evenly over `steps` register blocks of a product.
@@ -115,14 +150,17 @@ struct Prefetch {
     }
 };
 
-// C [rows, panels * kPanel] (+)= A [rows, depth] B [depth, panels * kPanel]. `block_stride` is the distance in A
-// between blocks of kRows rows; B panels are `b_depth` units deep. While a panel is multiplied, the next panel is
-// prefetched, and so is a part of `ahead` [ahead_units], the memory the caller reads next.
+// C [rows, panels * kPanel] (+)= A [rows, depth] B [depth, panels * kPanel]. B panels are `b_depth` units deep. While a
+// panel is multiplied, the next panel is prefetched, and so is a part of `ahead` [ahead_units], the memory the caller
+// reads next.
 template <typename U>
-inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_stride, const uint32_t* b, long b_depth,
-                 long depth, long rows, long panels, float* c, long ldc, bool accumulate,
-                 const uint32_t* ahead = nullptr, long ahead_units = 0) {
-    const long blocks = (rows + kRows - 1) / kRows, sweep = sweep_of(depth);
+inline void gemm(const uint32_t* a, Strides in, const uint32_t* b, long b_depth, long depth, long rows, long panels,
+                 float* c, long ldc, bool accumulate, const uint32_t* ahead = nullptr, long ahead_units = 0) {
+    constexpr long R = kBlockRows<U>;
+    const long blocks = (rows + R - 1) / R, sweep = sweep_of<U>(depth);
+#if defined(DADPO_TILES)
+    [[maybe_unused]] Tiles tiles;
+#endif
     Prefetch later(ahead, ahead_units, (depth + kInner - 1) / kInner * panels * blocks);
     for (long k0 = 0; k0 < depth; k0 += sweep) {
         const long part = std::min(sweep, depth - k0);
@@ -130,18 +168,27 @@ inline void gemm(const uint32_t* a, long block_stride, long row_stride, long k_s
         for (long p = 0; p < panels; p++) {
             const uint32_t* panel = b + (p * b_depth + k0) * kPanel;
             Prefetch next(panel + b_depth * kPanel, p + 1 < panels ? part * kPanel : 0, blocks);
-            for (long i = 0; i < rows; i += kRows) {
+            for (long i = 0; i < rows; i += R) {
                 next.step();
                 later.step();
-                const uint32_t* block = a + (i / kRows) * block_stride + k0 * k_stride;
+                const uint32_t* block = a + (i / R) * in.block + k0 * in.inner;
                 float* out = c + i * ldc + p * kPanel;
-                switch (std::min<long>(kRows, rows - i)) {
-                    case 6: micro<U, 6>(block, row_stride, k_stride, panel, part, out, ldc, add); break;
-                    case 5: micro<U, 5>(block, row_stride, k_stride, panel, part, out, ldc, add); break;
-                    case 4: micro<U, 4>(block, row_stride, k_stride, panel, part, out, ldc, add); break;
-                    case 3: micro<U, 3>(block, row_stride, k_stride, panel, part, out, ldc, add); break;
-                    case 2: micro<U, 2>(block, row_stride, k_stride, panel, part, out, ldc, add); break;
-                    default: micro<U, 1>(block, row_stride, k_stride, panel, part, out, ldc, add);
+                const long count = std::min(R, rows - i);
+#if defined(DADPO_TILES)
+                if constexpr (kTiled<U>) {
+                    static_assert(kBlockRows<U> == kTiledRows && kPanel % kTiledColumns == 0);
+                    for (int j = 0; j < kPanel; j += kTiledColumns)
+                        tiled_micro(tiles, count, block, in.row, panel + j, kPanel, part, out + j, ldc, add);
+                    continue;
+                }
+#endif
+                if constexpr (!kTiled<U>) switch (count) {
+                    case 6: micro<U, 6>(block, in, panel, part, out, ldc, add); break;
+                    case 5: micro<U, 5>(block, in, panel, part, out, ldc, add); break;
+                    case 4: micro<U, 4>(block, in, panel, part, out, ldc, add); break;
+                    case 3: micro<U, 3>(block, in, panel, part, out, ldc, add); break;
+                    case 2: micro<U, 2>(block, in, panel, part, out, ldc, add); break;
+                    default: micro<U, 1>(block, in, panel, part, out, ldc, add);
                 }
             }
         }
@@ -179,12 +226,20 @@ inline uint32_t unit(const T* p, long stride, long available) {
     return u;
 }
 
+// Units between the rows of a copied A of `width` elements. Where products are tiled, an odd number of cache lines: the
+// 16 rows of a register then lie in different sets of the cache, which rows 4 KiB apart would not.
+template <typename U>
+inline long operand_stride(long width) {
+    const long units = Units<U>::count(width);
+    return kTiled<U> ? ((units + kLine - 1) / kLine | 1) * kLine : units;
+}
+
 // A from `rows` rows of a matrix with row stride `ld`. float32 is used in place; bfloat16 is copied to `space`, each
-// row padded with zeros to whole units.
+// row padded with zeros to `operand_stride`.
 inline const float* operand_rows(const float* source, long, long, long, float*) { return source; }
 template <typename U>
 inline const U* operand_rows(const uint16_t* source, long ld, long rows, long width, U* space) {
-    const long stride = Units<U>::count(width) * Units<U>::per;
+    const long stride = operand_stride<U>(width) * Units<U>::per;
     for (long i = 0; i < rows; i++) {
         U* out = space + i * stride;
         for (long j = 0; j < width; j++) out[j] = as_operand<U>(source[i * ld + j]);
@@ -251,13 +306,32 @@ inline void pack_panel(const T* source, long ld, long columns, long depth, long 
     }
 }
 
-// A as the transpose of `source` [depth, columns] with row stride `ld`, such as dz: blocks[i][k][kRows] units, so
-// row_stride is 1 and k_stride is kRows. Iterates over source rows, so that each cache line is read once. Reads up to
-// kLanes elements past a row's `columns` and ignores them.
+// A as the transpose of `source` [depth, columns] with row stride `ld`, such as dz: blocks[i][k][kRows] units, or rows
+// [i][k] where products are tiled, see `by_blocks`. Iterates over source rows, so that each cache line is read once.
+// Reads up to kLanes elements past a row's `columns` and ignores them.
 template <typename U>
 inline void pack_blocks_transposed(const U* source, long ld, long columns, long depth, uint32_t* blocks) {
     constexpr int per = Units<U>::per;
     const long units = Units<U>::count(depth);
+    if constexpr (kTiled<U>) {
+        for (long k = 0; k < units; k += kLanes)
+            for (long i = 0; i < columns; i += kLanes) {
+                // As in `pack_panel_transposed`: whole blocks in registers, the edges unit by unit.
+                const U* corner = source + k * per * ld + i;
+                uint32_t* out = blocks + i * units + k;
+                if (i + kLanes <= columns && (k + kLanes) * per <= depth) {
+                    vu block[kLanes];
+                    for (int j = 0; j < kLanes; j++) block[j] = column_units<U>(corner + j * per * ld, ld);
+                    swap_blocks<1>(block, std::make_integer_sequence<int, kLanes>{});
+                    for (int j = 0; j < kLanes; j++) store(out + j * units, block[j]);
+                    continue;
+                }
+                for (long j = 0; j < std::min<long>(kLanes, columns - i); j++)
+                    for (long c = 0; c < std::min<long>(kLanes, units - k); c++)
+                        out[j * units + c] = unit<U>(corner + c * per * ld + j, ld, depth - (k + c) * per);
+            }
+        return;
+    }
     for (long k = 0; k < units; k++)
         for (long i = 0; i < columns; i += kRows) {
             const U* row = source + k * per * ld + i;

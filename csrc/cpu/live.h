@@ -66,8 +66,9 @@ void live_exponentials(const Tile& t, const Statistics& s,
     using U = OperandOf<T>;
     const long depth = Units<U>::count(t.width), groups = groups_of(t.columns), panels = panels_of(t.rows);
     constexpr bool in_place = std::is_same_v<T, float>;
-    const long stride = in_place ? t.hidden_stride : depth * Units<U>::per;  // of hidden, in elements
-    const long weight_stride = in_place ? t.weight_stride : depth;  // in units
+    const long copied = operand_stride<U>(t.width);  // units
+    const long stride = in_place ? t.hidden_stride : copied * Units<U>::per;  // of hidden, in elements
+    const long weight_stride = in_place ? t.weight_stride : copied;  // in units
     // Pack the tokens once, for all threads.
     std::vector<U> hidden_space(in_place ? 0 : t.rows * stride);
     std::vector<uint32_t> packed(panels * depth * kPanel);
@@ -78,7 +79,7 @@ void live_exponentials(const Tile& t, const Statistics& s,
                                  packed.data() + p * depth * kPanel);
     Team::run(t.threads, [&](Team& team, int rank) {
         // Each rank computes its share of the groups.
-        std::vector<U> weight_space(in_place ? 0 : kGroup * depth * Units<U>::per);
+        std::vector<U> weight_space(in_place ? 0 : kGroup * copied * Units<U>::per);
         std::vector<float> z(kGroup * panels * kPanel);
         const auto [begin, end] = team.share(rank, groups, 1);
         for (long g = begin; g < end; g++) {
@@ -92,7 +93,7 @@ void live_exponentials(const Tile& t, const Statistics& s,
                 // already, and with a larger row stride the gaps would be fetched too.
                 const long rest = in_place && weight_stride == depth ? std::min(t.columns, end * kGroup) : 0;
                 const long left = std::clamp(rest - g * kGroup - i - count, 0L, kBlock);
-                gemm<U>(block, kRows * weight_stride, weight_stride, 1, packed.data(), depth, depth, count, panels,
+                gemm<U>(block, by_rows<U>(weight_stride), packed.data(), depth, depth, count, panels,
                         z.data() + i * ld, ld, false, block + count * weight_stride, left * weight_stride);
             }
             for (long row = 0; row < t.rows; row += kLanes)

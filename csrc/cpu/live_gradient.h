@@ -27,7 +27,7 @@ struct LiveSpace {
     std::vector<Local> local;  // [threads]
 
     LiveSpace(const LiveGradient& g, char* base) : arena(base) {
-        const long wide = panels_of(g.width) * kPanel, sweep = sweep_of(Units<U>::count(g.columns));
+        const long wide = panels_of(g.width) * kPanel, sweep = sweep_of<U>(Units<U>::count(g.columns));
         if (g.grad_weight) hidden = arena.take<uint32_t>(wide * Units<U>::count(g.rows));
         if (g.grad_hidden) weight = arena.take<uint32_t>(wide * sweep);
         for (int i = 0; i < g.threads; i++) {
@@ -51,7 +51,7 @@ void live_hidden_gradient(const LiveGradient& g, Team& team, int rank,
     constexpr int per = Units<U>::per;
     const T* weight = static_cast<const T*>(g.weight);
     const long panels = panels_of(g.width), stride = Units<U>::count(g.rows) * per;  // of dz, in elements
-    const long units = Units<U>::count(g.columns), sweep = sweep_of(units);
+    const long units = Units<U>::count(g.columns), sweep = sweep_of<U>(units);
     for (long k = 0; k < units; k += sweep) {
         const long part = std::min(sweep, units - k), first = k * per, columns = std::min(part * per, g.columns - first);
         // All ranks gather and pack the sweep's live rows of the weight. A bfloat16 unit pairs two live columns, whose
@@ -67,11 +67,11 @@ void live_hidden_gradient(const LiveGradient& g, Team& team, int rank,
         }
         team.barrier();
         // Each rank multiplies its tokens, in blocks.
-        const auto [top, bottom] = team.share(rank, g.rows, kRows);
+        const auto [top, bottom] = team.share(rank, g.rows, kGrain<U>);
         for (long row = top; row < bottom; row += kBlock) {
             const long count = std::min(kBlock, bottom - row);
             pack_blocks_transposed(static_cast<const U*>(g.dz) + first * stride + row, stride, count, columns, block);
-            gemm<U>(block, kRows * part, 1, kRows, packed, part, part, count, panels,
+            gemm<U>(block, by_blocks<U>(part), packed, part, part, count, panels,
                     g.grad_hidden + row * g.grad_hidden_stride, g.grad_hidden_stride, true);
         }
         team.barrier();  // the next sweep overwrites `packed`
@@ -85,7 +85,7 @@ void live_weight_gradient(const LiveGradient& g, long begin, long end, const uin
     const uint32_t* dz = static_cast<const uint32_t*>(g.dz);
     for (long column = begin, count; column < end; column += count) {
         count = std::min(kBlock, end - column);
-        gemm<U>(dz + column * depth, kRows * depth, depth, 1, hidden, depth, depth, count, panels, space, wide, false);
+        gemm<U>(dz + column * depth, by_rows<U>(depth), hidden, depth, depth, count, panels, space, wide, false);
         for (long i = 0; i < count; i++) {
             float* out = g.grad_weight + (g.live[column + i] - g.first) * g.grad_weight_stride;
             const float* row = space + i * wide;
@@ -108,7 +108,7 @@ void live_gradient(const LiveGradient& g, char* workspace) {
             pack_panel<U>(static_cast<const T*>(g.hidden) + p * kPanel, g.hidden_stride, g.width - p * kPanel, g.rows,
                           depth, space.hidden + p * depth * kPanel);
         team.barrier();
-        const auto [begin, end] = team.share(rank, g.columns, kRows);
+        const auto [begin, end] = team.share(rank, g.columns, kGrain<U>);
         live_weight_gradient<U>(g, begin, end, space.hidden, space.local[rank].rows);
     });
 }

@@ -4,9 +4,16 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -28,6 +35,31 @@ U* at(uintptr_t address) {
     return reinterpret_cast<U*>(address);
 }
 
+// Why AMX's bfloat16 products cannot be used here; empty if they can. Linux gives a process the registers when it asks
+// (Documentation/arch/x86/xstate.rst), for all of its threads.
+std::string ask_for_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned eax, ebx, ecx, edx;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kSaved = 3u << 17;  // XTILECFG and XTILEDATA of XCR0
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBf16 | kTiles)) != (kBf16 | kTiles))
+        return "the processor has none";
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & bit_OSXSAVE)) return "the system does not save its registers";
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & kSaved) != kSaved) return "the system does not save its registers";
+    if (syscall(SYS_arch_prctl, kRequest, kTileData))
+        return std::string("the system refuses its registers: ") + std::strerror(errno);
+    return "";
+#else
+    return "it needs Linux on x86-64";
+#endif
+}
+const std::string& amx_obstacle() {
+    static const std::string reason = ask_for_amx();
+    return reason;
+}
+
 // Whether this processor supports the instruction set.
 bool supported(const std::string& isa) {
 #if defined(__x86_64__)
@@ -36,7 +68,9 @@ bool supported(const std::string& isa) {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    if (isa == "v4_bf16") return v4 && __builtin_cpu_supports("avx512bf16");
+    const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+    if (isa == "v4_amx") return bf16 && amx_obstacle().empty();
+    if (isa == "v4_bf16") return bf16;
     if (isa == "v4") return v4;
     if (isa == "v3") return v3;
     if (isa == "v2") return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
@@ -87,7 +121,7 @@ void use(const std::string& isa) {
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "Row passes and matrix products of the CPU backend. Takes addresses; use dadpo_kernels.ops.backends.cpu.";
 
-    py::class_<Tile>(m, "Tile").def(
+    py::class_<Tile>(m, "Tile", py::module_local()).def(
         py::init([](uintptr_t hidden, long rows, long width, long hidden_stride, uintptr_t weight, long weight_stride,
                     uintptr_t bias, long first, long columns, uintptr_t ids, uintptr_t in_topk, long entries, float scale,
                     float softcap, float inv_temperature, bool bf16, int threads) {
@@ -105,6 +139,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("use", &use);
     m.def("prefer_huge_pages", &prefer_huge_pages);
     m.def("shares_threads", &OpenMP::available);
+    m.def("amx_obstacle", &amx_obstacle);
     m.def("active", [] { return active->name; });
     m.def("panel", [] { return active->panel; });
     m.def("multiplies_bf16", [] { return active->multiplies_bf16; });
@@ -167,7 +202,7 @@ PYBIND11_MODULE(_cpu, m) {
         },
         py::call_guard<py::gil_scoped_release>());
 
-    py::class_<LiveGradient>(m, "LiveGradient")
+    py::class_<LiveGradient>(m, "LiveGradient", py::module_local())
         .def(py::init([](uintptr_t dz, uintptr_t live, long columns, long rows, uintptr_t hidden, long hidden_stride,
                          uintptr_t weight, long weight_stride, long width, uintptr_t grad_hidden,
                          long grad_hidden_stride, uintptr_t grad_weight, long grad_weight_stride, long first, bool bf16,

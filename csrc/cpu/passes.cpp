@@ -39,7 +39,7 @@ struct Workspace {
             Local l{};
             l.z = arena.take<float>(kBlock * kGroup);
             l.slope = arena.take<float>(kBlock * kGroup);
-            if (logits && t.bf16) l.hidden = arena.take<uint32_t>(kBlock * depth);
+            if (logits && t.bf16) l.hidden = arena.take<uint32_t>(kBlock * operand_stride<OperandOf<uint16_t>>(t.width));
             if (!keep_dz) l.dz = arena.take<float>(kBlock * kGroup);
             if (keep_dz) {
                 l.c = arena.take<float>(kBlock * panels_of(t.width) * kPanel);
@@ -71,22 +71,21 @@ template <typename T>
 void group_logits(const Tile& t, long row, long count, long g, const uint32_t* packed, const Workspace::Local& l) {
     using U = OperandOf<T>;
     constexpr bool in_place = std::is_same_v<T, float>;
-    const long depth = Units<U>::count(t.width), stride = in_place ? t.hidden_stride : depth;
+    const long depth = Units<U>::count(t.width), stride = in_place ? t.hidden_stride : operand_stride<U>(t.width);
     const T* rows = static_cast<const T*>(t.hidden) + row * t.hidden_stride;
     U* space = reinterpret_cast<U*>(l.hidden);
     const U* operand = in_place || g == 0 ? operand_rows(rows, t.hidden_stride, count, t.width, space) : space;
     const uint32_t* a = reinterpret_cast<const uint32_t*>(operand);
-    gemm<U>(a, kRows * stride, stride, 1, packed + g * kGroup * depth, depth, depth, count, kGroup / kPanel, l.z, kGroup,
-            false);
+    gemm<U>(a, by_rows<U>(stride), packed + g * kGroup * depth, depth, depth, count, kGroup / kPanel, l.z, kGroup, false);
     const long valid = std::min(kGroup, t.columns - g * kGroup);
     for (long i = 0; i < count; i++)
         finish_logits(t, t.first + g * kGroup, valid, l.z + i * kGroup, l.slope + i * kGroup);
 }
 
 // Visits this rank's rows in blocks, and every group of columns for each block.
-template <typename Visit>
+template <typename T, typename Visit>
 void for_blocks(const Tile& t, const Team& team, int rank, Visit visit) {
-    const auto [begin, end] = team.share(rank, t.rows, kRows);
+    const auto [begin, end] = team.share(rank, t.rows, kGrain<OperandOf<T>>);
     for (long row = begin; row < end; row += kBlock)
         for (long g = 0; g < groups(t); g++) visit(row, std::min(kBlock, end - row), g);
 }
@@ -98,7 +97,7 @@ void forward(const Tile& t, const Statistics& s, const Retained& r, Workspace& w
         pack_logits_operand<T>(t, team, rank, w.logits_b);
         team.barrier();
         const auto& l = w.local[rank];
-        for_blocks(t, team, rank, [&](long row, long count, long g) {
+        for_blocks<T>(t, team, rank, [&](long row, long count, long g) {
             group_logits<T>(t, row, count, g, w.logits_b, l);
             for (long i = 0; i < count; i++) {
                 const long at = (row + i) * groups(t) + g;
@@ -118,8 +117,8 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
                      const uint32_t* packed_hidden,  // from `pack_hidden`
                      const Workspace::Local& l) {
     constexpr int per = Units<U>::per;
-    const long depth = Units<U>::count(t.rows), sweep = sweep_of(depth), wide = panels_of(t.width) * kPanel;
-    const auto [begin, end] = team.share(rank, t.columns, kRows);
+    const long depth = Units<U>::count(t.rows), sweep = sweep_of<U>(depth), wide = panels_of(t.width) * kPanel;
+    const auto [begin, end] = team.share(rank, t.columns, kGrain<U>);
     for (long column = begin, count; g.weight && column < end; column += count) {
         // A block of columns must lie in one group, because dz is stored by groups.
         const long inside = column % kGroup;
@@ -128,7 +127,7 @@ void weight_gradient(const Tile& t, const Gradient& g, const Team& team, int ran
         for (long k = 0; k < depth; k += sweep) {
             const long part = std::min(sweep, depth - k);
             pack_blocks_transposed(group + k * per * kGroup, kGroup, count, std::min(part * per, t.rows - k * per), l.a);
-            gemm<U>(l.a, kRows * part, 1, kRows, packed_hidden + k * kPanel, depth, part, count, wide / kPanel, l.c,
+            gemm<U>(l.a, by_blocks<U>(part), packed_hidden + k * kPanel, depth, part, count, wide / kPanel, l.c,
                     wide, k > 0);
         }
         // Round to the weight's type; the last vector of a row may be partial.
@@ -172,7 +171,7 @@ void backward(const Tile& t, const Gradient& g, const Retained& r, const uint32_
         }
         team.barrier();
         const auto& l = w.local[rank];
-        for_blocks(t, team, rank, [&](long row, long count, long group) {
+        for_blocks<T>(t, team, rank, [&](long row, long count, long group) {
             // The gradient of the logits, [count, kGroup].
             const long column = t.first + group * kGroup;
             U* dz = w.dz ? static_cast<U*>(w.dz) + (group * t.rows + row) * kGroup : static_cast<U*>(l.dz);
@@ -187,7 +186,7 @@ void backward(const Tile& t, const Gradient& g, const Retained& r, const uint32_
             }
             // Accumulate its product with the weight into the gradient of hidden.
             if (!w.hidden_b) return;
-            gemm<U>(reinterpret_cast<const uint32_t*>(dz), kRows * (kGroup / per), kGroup / per, 1,
+            gemm<U>(reinterpret_cast<const uint32_t*>(dz), by_rows<U>(kGroup / per),
                     w.hidden_b + group * (kGroup / per) * kPanel, padded / per, kGroup / per, count, wide / kPanel,
                     g.hidden + row * wide, wide, true);
         });
@@ -204,7 +203,7 @@ void topk(const Tile& t, const Statistics& s, const Candidates& c, Workspace& w)
         pack_logits_operand<T>(t, team, rank, w.logits_b);
         team.barrier();
         const auto& l = w.local[rank];
-        for_blocks(t, team, rank, [&](long row, long count, long g) {
+        for_blocks<T>(t, team, rank, [&](long row, long count, long g) {
             group_logits<T>(t, row, count, g, w.logits_b, l);
             const long column = t.first + g * kGroup, valid = std::min(kGroup, t.columns - g * kGroup);
             for (long i = 0; i < count; i++) {

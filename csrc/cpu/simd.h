@@ -14,6 +14,8 @@ namespace {  // internal linkage: the linker must not merge the copies of differ
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRowVectors = 4;  // 6 x 4 accumulators in 32 registers
+#elif defined(DADPO_SOFT_TILES)
+constexpr int kLanes = 4, kRowVectors = 16;  // for the tests: panels as wide as those of the registers in software
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kRowVectors = 2;  // 6 x 2 in 16 registers
 #else

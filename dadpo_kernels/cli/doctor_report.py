@@ -38,7 +38,9 @@ def extensions() -> list[str]:
     if cpu._cpu:
         can = ", ".join(cpu._cpu.available())
         threads = "PyTorch's OpenMP threads" if cpu._cpu.shares_threads() else "separate threads"
-        lines = [f"_cpu: built; uses {cpu._cpu.active()} (this processor supports: {can}) on {threads}"]
+        lines = [
+            f"_cpu: built; uses {cpu._cpu.active()} (this processor supports: {can}) on {threads}; AMX: {cpu._cpu.amx_obstacle() or 'in use'}"
+        ]
     else:
         lines = [not_built("_cpu", ("g++", "clang++", "c++"), "install g++ or clang++, then reinstall this package")]
     if cuda._cuda:

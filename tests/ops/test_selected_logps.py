@@ -67,6 +67,17 @@ def test_every_instruction_set(dtype):
         cpu._cpu.use(best)
 
 
+def test_pytorchs_products_in_between():
+    """On the same threads, whose AMX registers both use where there are some."""
+    p = random_problem(rows=97, vocab=1100, width=77).to(torch.bfloat16)
+    a = torch.randn(200, 300, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    wanted, product = values_and_grads(p, "cpu", 0), a @ a.T
+    for _ in range(5):
+        assert torch.equal(a @ a.T, product)
+        for name, value in values_and_grads(p, "cpu", 0).items():
+            assert torch.equal(value, wanted[name]), name
+
+
 def test_extension_is_built():
     assert cpu.obstacle(torch.device("cpu"), torch.float32) is None
 
