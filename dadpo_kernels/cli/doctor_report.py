@@ -38,9 +38,8 @@ def extensions() -> list[str]:
     if cpu._cpu:
         can = ", ".join(cpu._cpu.available())
         threads = "PyTorch's OpenMP threads" if cpu._cpu.shares_threads() else "separate threads"
-        lines = [
-            f"_cpu: built; uses {cpu._cpu.active()} (this processor supports: {can}) on {threads}; AMX: {cpu._cpu.amx_obstacle() or 'in use'}"
-        ]
+        amx = cpu._cpu.amx_obstacle() or "usable"
+        lines = [f"_cpu: built; uses {cpu._cpu.active()} (this processor supports: {can}) on {threads}; AMX: {amx}"]
     else:
         lines = [not_built("_cpu", ("g++", "clang++", "c++"), "install g++ or clang++, then reinstall this package")]
     if cuda._cuda:

@@ -4,6 +4,8 @@
 Operators take flat arguments: what travels as a `Head` and a `Run` elsewhere is taken apart here and nowhere else.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,10 +13,11 @@ from torch.autograd import forward_ad
 from .autocast import without_autocast
 from .backends.base import accumulator_dtype, run_forward
 from .head import Head
+from .operator import operator
 from .valid_tokens import ValidTokens, spread, spread_gradient
 
 
-@torch.library.custom_op("dadpo::selected_logps", mutates_args=())
+@partial(operator, name="selected_logps")
 @without_autocast
 def selected_logps(
     hidden: Tensor,  # [N, H]
@@ -39,15 +42,16 @@ def selected_logps(
     valid = ValidTokens(hidden, head, selection, backend, buffer_bytes)
     buffer = valid.tiles.empty(buffer_bytes, dtype=torch.uint8, device=hidden.device)
     if grad_tolerance is None:
-        outputs = valid.logps(run_forward(valid.tiles, valid.plan, buffer))
+        label, topk, tail, summary = valid.logps(run_forward(valid.tiles, valid.plan, buffer))
     else:
         state, dead = valid.live_pass(grad_tolerance, buffer, len(labels)).forward()
-        *logps, summary = valid.logps(state)
-        outputs = (*logps, torch.cat([summary, dead], 1))
-    return *(spread(values, valid.index, labels) for values in outputs), buffer, *selection
+        label, topk, tail, summary = valid.logps(state)
+        summary = torch.cat([summary, dead], 1)
+    label, topk, tail, summary = (spread(values, valid.index, labels) for values in (label, topk, tail, summary))
+    return label, topk, tail, summary, buffer, *selection
 
 
-@selected_logps.register_fake
+@torch.library.register_fake("dadpo::selected_logps")
 def _(
     hidden, weight, bias, labels, topk_ids, logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance,
     buffer_bytes,
@@ -67,7 +71,7 @@ def _(
     )
 
 
-@torch.library.custom_op("dadpo::selected_logps_backward", mutates_args=())
+@partial(operator, name="selected_logps_backward")
 @without_autocast
 def selected_logps_backward(
     grad_label: Tensor,  # [N] float32, or float64 as the outputs
@@ -106,7 +110,7 @@ def selected_logps_backward(
     )
 
 
-@selected_logps_backward.register_fake
+@torch.library.register_fake("dadpo::selected_logps_backward")
 def _(grad_label, grad_topk, grad_tail, hidden, weight, bias, label, topk, tail, state, buffer, padded_index, ids,
       order, counts, logit_scale, softcap, temperature, backend, grad_tolerance, needs):  # fmt: skip
     return (
@@ -135,7 +139,7 @@ def _backward(ctx, grad_label, grad_topk, grad_tail, *_):
     return *(g if need else None for g, need in zip(out, needs, strict=True)), *[None] * 9
 
 
-selected_logps.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("dadpo::selected_logps", _backward, setup_context=_setup_context)
 
 
 def _no_derivative(ctx, *_):

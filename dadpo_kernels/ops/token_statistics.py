@@ -1,5 +1,6 @@
 """What trainers log about the next-token distribution and no loss needs: one product of the head, no gradient."""
 
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -10,6 +11,7 @@ from .autocast import without_autocast
 from .backends.base import Entries, accumulator_dtype
 from .backends.torch_ import TorchTiles, finite
 from .head import Head, HeadOptions
+from .operator import operator
 from .valid_tokens import compact, spread
 
 
@@ -58,7 +60,7 @@ def linear_token_statistics(
     return TokenStatistics(*(v.view(labels.shape) for v in values))
 
 
-@torch.library.custom_op("dadpo::token_statistics", mutates_args=())
+@partial(operator, name="token_statistics")
 @without_autocast
 def _token_statistics(
     hidden: Tensor,  # [N, H]
@@ -79,7 +81,7 @@ def _token_statistics(
     return entropy, mean_logit, log_sum_sq, is_top1
 
 
-@_token_statistics.register_fake
+@torch.library.register_fake("dadpo::token_statistics")
 def _(hidden, weight, bias, labels, logit_scale, softcap, temperature, ignore_index):
     n, dtype = len(labels), accumulator_dtype(hidden.dtype)
     return *(hidden.new_empty(n, dtype=dtype) for _ in range(3)), hidden.new_empty(n, dtype=torch.bool)

@@ -1,5 +1,6 @@
 """The primitive's sibling for the teacher: its top-k ids with log-probabilities, the tail, and the label's."""
 
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -12,6 +13,7 @@ from .backends.base import Best, Entries, accumulator_dtype, merge_tail, run_top
 from .backends.registry import BACKENDS, resolve
 from .head import Head, HeadOptions
 from .log import debug
+from .operator import operator
 from .run import exact_plan
 from .valid_tokens import compact, spread
 
@@ -55,7 +57,7 @@ def linear_topk_logps(
         k: 0 to V.
         labels: `[...]` int64 or int32, aligned with hidden. Where it is `ignore_index` the token is skipped: ids,
             logps, tail and label are 0 there. None: every token counts and `label` is None.
-        ignore_index, backend, head_options: as in `linear_selected_logps`; on GPUs "auto" is "cuda" where that is built.
+        ignore_index, backend, head_options: as in `linear_selected_logps`; on GPUs "auto" prefers "cuda".
 
     Returns:
         `TopkLogps(ids [..., k], logps [..., k], tail [...], label [...] or None)`.
@@ -84,7 +86,7 @@ def linear_topk_logps(
     )
 
 
-@torch.library.custom_op("dadpo::topk_logps", mutates_args=())
+@partial(operator, name="topk_logps")
 @without_autocast
 def _topk_logps(
     hidden: Tensor,  # [N, H]
@@ -140,7 +142,7 @@ def _tiled_topk(hidden: Tensor, head: Head, labels: Tensor, k: int, backend: str
     return ids, (values - base[:, None]) - lse[:, None], tail, (state.selected[:, 0] - base) - lse
 
 
-@_topk_logps.register_fake
+@torch.library.register_fake("dadpo::topk_logps")
 def _(hidden, weight, bias, labels, k, logit_scale, softcap, temperature, ignore_index, backend):
     n, dtype = len(hidden), accumulator_dtype(hidden.dtype)
     return (

@@ -42,7 +42,7 @@ class TestTopk(contract.Topk):
 
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 96, 511, 513, 1090])
 def test_widths(width):
-    """Slices of the depth that are whole, cut or alone; sweeps of them; rows for one register, two, and three blocks."""
+    """Slices of the depth that are whole, cut or alone, sweeps of them; rows for a register, two, and three blocks."""
     for rows in (1, 15, 17, 33, 70, 101):
         p = random_problem(rows=rows, vocab=230, width=width)
         assert_as_good_as_dense(p, torch.bfloat16, "cpu", 0, 2**31)

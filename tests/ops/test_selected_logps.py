@@ -1,5 +1,8 @@
 """The primitive on every backend, plan, dtype and option against float64, value and gradient."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -76,6 +79,20 @@ def test_pytorchs_products_in_between():
         assert torch.equal(a @ a.T, product)
         for name, value in values_and_grads(p, "cpu", 0).items():
             assert torch.equal(value, wanted[name]), name
+
+
+def test_the_first_call_does_not_import_the_compiler():
+    """Which takes seconds, in a process that may never compile."""
+    program = """
+import sys, torch
+from dadpo_kernels import linear_dadpo_loss, linear_selected_logps, linear_topk_logps
+hidden, weight, labels = torch.randn(8, 16, requires_grad=True), torch.randn(100, 16), torch.randint(100, (8,))
+linear_selected_logps(hidden, weight, labels).label.sum().backward()
+linear_topk_logps(hidden, weight, 3)
+assert hidden.grad is not None
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_extension_is_built():
