@@ -8,7 +8,7 @@ from .backends.base import accumulator_dtype
 from .backends.registry import BACKENDS
 from .live.plan import LivePlan
 from .plan import Plan
-from .run import plan_for
+from .run import Run, plan_for
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class MemoryEstimate:
             the bytes are the most that it takes, the products the fewest.
         gradients: of hidden and weight, as autograd returns them.
         workspace: of one tile of the vocabulary (of one chunk in a live plan), the float32 accumulator of hidden's
-            gradient, the compacted hidden states, and the `[N, K + 2]` numbers.
+            gradient, the compacted hidden states, and the `[N, K + 2]` numbers; on GPUs also what the buffer for
+            retained exponentials has beyond them, since it is allocated before masked tokens are counted.
         logits: of `[N, V]` in float32, for comparison: what is never held.
     """
 
@@ -84,4 +85,10 @@ def estimate_memory(
     # The tiles and the copy of the valid tokens are gone before the accumulator is spread over all tokens.
     during += compacted - tokens * width * dtype.itemsize
     after = rows * width * dtype.itemsize if dtype.itemsize < wide else 0
-    return MemoryEstimate(plan, gradients, accumulator + max(during, after) + numbers, rows * vocab * 4)
+    workspace = accumulator + max(during, after) + numbers
+    if (
+        not isinstance(plan, LivePlan) and "cpu" not in BACKENDS[backend].devices
+    ):  # a CPU's untouched pages are no memory
+        buffer = Run(backend, memory_budget).buffer_bytes(tokens, vocab, dtype, backend)
+        workspace += buffer - plan.retained_bytes
+    return MemoryEstimate(plan, gradients, workspace, rows * vocab * 4)

@@ -1,5 +1,6 @@
 """Nothing holds `[tokens, V]`: peak memory of a fresh process, forward and backward, as the tokens grow 16-fold."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_suite.settings import PLANS, TOKENS
 from dadpo_kernels.cli.main import main
 from dadpo_kernels.ops.memory import estimate_memory
 
@@ -137,3 +139,21 @@ def test_memory_command(capsys):
 def test_estimate_refuses_nonsense(change, message):
     with pytest.raises(ValueError, match=message):
         estimate_memory(**({"rows": 9, **SHAPE, "dtype": torch.float32} | change))
+
+
+def test_the_estimate_is_what_an_h100_took():
+    """Every step of the committed results, masked tokens included, whose part of the buffer is allocated there."""
+    results = json.loads((Path(__file__).parents[2] / "benchmarks/results/gpu-h100-first.json").read_text())
+    rows = results["stages"]["table"]["rows"]
+    heads = {row["shape"]: (row["vocab"], row["width"]) for row in rows if "width" in row}
+    steps = [row for row in rows if "peak_bytes_above_gradients" in row]
+    assert len(steps) == 66
+    for row in steps:
+        (vocab, width), tokens = heads[row["shape"]], TOKENS * (1 + row["masked"])
+        backend, plan = row["name"].removeprefix("dadpo-kernels ").split(", ")
+        estimate = estimate_memory(
+            TOKENS, vocab, width, torch.bfloat16, k=row["top_k"], tokens=tokens, backend=backend,
+            memory_budget=PLANS[plan],
+        )  # fmt: skip
+        measured = row["peak_bytes_above_gradients"] + 2 * (tokens + vocab) * width
+        assert measured == pytest.approx(estimate.total, rel=0.1), row
