@@ -2,11 +2,11 @@
 # The GPU suite as one command, on a machine that may reach no network: tools/gpu_suite.sh first|second [--dry-run].
 #
 #   OUT     folder for the results, at most 8 files (default: gpu-results)
-#   WHEELS  folder with rivals to install, wheels or packed site-packages (*.tar.xz), 60 MiB at most (default: .whl)
+#   WHEELS  folder with rivals to install, wheels or packed site-packages (*.tar.xz), 56 MiB at most (default: .whl)
 #   DADPO_COMMIT  the commit, where the tree is a copy without git
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${OUT:-gpu-results} wheels=${WHEELS:-.whl} limit=$((60 * 1024 * 1024))
+out=${OUT:-gpu-results} wheels=${WHEELS:-.whl} limit=$((56 * 1024 * 1024))
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 unset PYTHONDONTWRITEBYTECODE # many processes import the same packages

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch._ops import OpOverload
 
+FUNCTIONS: dict[str, Callable[..., object]] = {}  # what the operators run, by name: dispatch modes see into these
+
 
 def operator(function: Callable[..., object], name: str) -> OpOverload:
     """`torch.ops.dadpo.NAME`, which runs `function` on every device: one node of a graph for `torch.compile`.
@@ -20,4 +22,5 @@ def operator(function: Callable[..., object], name: str) -> OpOverload:
     schema = torch.library.infer_schema(function, mutates_args=())
     torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(full, "CompositeExplicitAutograd", function)
+    FUNCTIONS[name] = function
     return getattr(torch.ops.dadpo, name).default
