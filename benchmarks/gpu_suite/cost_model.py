@@ -46,10 +46,6 @@ class Fused(NamedTuple):
     blocks: dict[str, int]  # on a multiprocessor at a time
 
 
-SQUARE = Fused(128, 128, 0.93, {"forward": 6500, "retain": 6500, "gradient": 5000},
-               {"forward": 1, "retain": 1, "gradient": 2})  # fmt: skip
-TALL = Fused(256, 128, 0.88, {"forward": 8600, "retain": 8600, "gradient": 8600},
-             {"forward": 1, "retain": 1, "gradient": 1})  # fmt: skip
 WIDE = Fused(128, 256, 0.95, {"forward": 4000, "retain": 4000, "gradient": 4000},
              {"forward": 1, "retain": 1, "gradient": 1})  # fmt: skip  # persistent: its loads run on in the epilogue
 
@@ -122,22 +118,20 @@ def fused_pass(gpu: GPU, tile: Fused, tokens: int, width: int, vocab: int, kerne
 
 
 def step(
-    gpu: GPU, backend: str, plan: str, tokens: int, width: int, vocab: int, top_k: int, tiles: tuple[Fused, ...]
-    = (WIDE,),
+    gpu: GPU, backend: str, plan: str, tokens: int, width: int, vocab: int, top_k: int
 ) -> float:  # fmt: skip
     """Seconds of forward with backward of `linear_selected_logps` in bfloat16, everything valid.
 
     Args:
         backend: "cuda", "triton_rows" or "triton".
         plan: "retain" or "recompute".
-        tiles: blocks that the fused kernels have to choose from.
     """
     retain, bfloat16 = plan == "retain", torch.bfloat16
     if backend == "triton":
         columns = FusedTiles.tile_columns(tokens, width, bfloat16)
 
         def fused(kernel: str) -> float:
-            return min(fused_pass(gpu, tile, tokens, width, vocab, kernel) for tile in tiles)
+            return fused_pass(gpu, WIDE, tokens, width, vocab, kernel)
 
         products = fused("retain") if retain else fused("forward") + fused("gradient")
         # The entries' ranges and the merge of a span; a tile's ranges; the columns that are computed twice.

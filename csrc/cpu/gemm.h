@@ -3,8 +3,8 @@
 // ATen's bfloat16 product rounds its result to bfloat16, which costs the loss about 1.6 nats per sequence; this one
 // keeps float32. Matrices of type T are read as operands of type U: bfloat16 stays bfloat16 if the processor has
 // bfloat16 dot products, otherwise packing widens it to float32. A "unit" is 4 bytes along the inner dimension (one
-// float or a pair of bfloat16), so both types share all loops and differ only in `Dot`. Depths and strides are in
-// units. Layouts:
+// float or a pair of bfloat16), so both types share all loops and differ only in `Dot`; where AMX multiplies, bfloat16 has
+// blocks of its own, see tiles.h. Depths and strides are in units. Layouts:
 //   A  unit (i, k) where `Strides` says
 //   B  panels of kPanel columns: b[panel][k][kPanel] units
 //   C  row-major float32, row stride ldc

@@ -4,8 +4,6 @@
 Operators take flat arguments: what travels as a `Head` and a `Run` elsewhere is taken apart here and nowhere else.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,9 +15,8 @@ from .operator import operator
 from .valid_tokens import ValidTokens, spread, spread_gradient
 
 
-@partial(operator, name="selected_logps")
 @without_autocast
-def selected_logps(
+def _selected_logps(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H], of hidden's dtype
     bias: Tensor | None,  # [V], of hidden's dtype
@@ -51,6 +48,9 @@ def selected_logps(
     return label, topk, tail, summary, buffer, *selection
 
 
+selected_logps = operator(_selected_logps)
+
+
 @torch.library.register_fake("dadpo::selected_logps")
 def _(
     hidden, weight, bias, labels, topk_ids, logit_scale, softcap, temperature, ignore_index, backend, grad_tolerance,
@@ -71,9 +71,8 @@ def _(
     )
 
 
-@partial(operator, name="selected_logps_backward")
 @without_autocast
-def selected_logps_backward(
+def _selected_logps_backward(
     grad_label: Tensor,  # [N] float32, or float64 as the outputs
     grad_topk: Tensor,  # [N, K]
     grad_tail: Tensor,  # [N]
@@ -108,6 +107,9 @@ def selected_logps_backward(
         hidden.new_empty(0) if g.weight is None else g.weight,
         hidden.new_empty(0) if g.bias is None else g.bias.to(hidden.dtype),
     )
+
+
+selected_logps_backward = operator(_selected_logps_backward)
 
 
 @torch.library.register_fake("dadpo::selected_logps_backward")

@@ -86,9 +86,7 @@ def estimate_memory(
     during += compacted - tokens * width * dtype.itemsize
     after = rows * width * dtype.itemsize if dtype.itemsize < wide else 0
     workspace = accumulator + max(during, after) + numbers
-    if (
-        not isinstance(plan, LivePlan) and "cpu" not in BACKENDS[backend].devices
-    ):  # a CPU's untouched pages are no memory
-        buffer = Run(backend, memory_budget).buffer_bytes(tokens, vocab, dtype, backend)
-        workspace += buffer - plan.retained_bytes
+    on_gpu = "cpu" not in BACKENDS[backend].devices  # a CPU's pages that nothing touched are no memory
+    if on_gpu and not isinstance(plan, LivePlan):
+        workspace += Run(backend, memory_budget).buffer_bytes(tokens, vocab, dtype, backend) - plan.retained_bytes
     return MemoryEstimate(plan, gradients, workspace, rows * vocab * 4)

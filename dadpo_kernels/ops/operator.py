@@ -5,11 +5,9 @@ from collections.abc import Callable
 import torch
 from torch._ops import OpOverload
 
-FUNCTIONS: dict[str, Callable[..., object]] = {}  # what the operators run, by name: dispatch modes see into these
 
-
-def operator(function: Callable[..., object], name: str) -> OpOverload:
-    """`torch.ops.dadpo.NAME`, which runs `function` on every device: one node of a graph for `torch.compile`.
+def operator(function: Callable[..., object]) -> OpOverload:
+    """`torch.ops.dadpo.NAME` for a function `_NAME`, which it runs on every device: for `torch.compile` one node.
 
     As `torch.library.custom_op` makes one, whose first call however imports the compiler: two seconds, for a process
     that may never compile. `register_fake` and `register_autograd` of `torch.library` take the operator's name.
@@ -18,9 +16,8 @@ def operator(function: Callable[..., object], name: str) -> OpOverload:
         function: its arguments and results are annotated; it changes no argument, and its results share no memory with
             each other or with an argument.
     """
-    full = f"dadpo::{name}"
+    name = function.__name__.removeprefix("_")
     schema = torch.library.infer_schema(function, mutates_args=())
-    torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(full, "CompositeExplicitAutograd", function)
-    FUNCTIONS[name] = function
+    torch.library.define(f"dadpo::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"dadpo::{name}", "CompositeExplicitAutograd", function)
     return getattr(torch.ops.dadpo, name).default

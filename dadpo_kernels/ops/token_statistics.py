@@ -1,6 +1,5 @@
 """What trainers log about the next-token distribution and no loss needs: one product of the head, no gradient."""
 
-from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -60,7 +59,7 @@ def linear_token_statistics(
     return TokenStatistics(*(v.view(labels.shape) for v in values))
 
 
-@partial(operator, name="token_statistics")
+@operator
 @without_autocast
 def _token_statistics(
     hidden: Tensor,  # [N, H]

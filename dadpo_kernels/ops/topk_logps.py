@@ -1,6 +1,5 @@
 """The primitive's sibling for the teacher: its top-k ids with log-probabilities, the tail, and the label's."""
 
-from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -86,7 +85,7 @@ def linear_topk_logps(
     )
 
 
-@partial(operator, name="topk_logps")
+@operator
 @without_autocast
 def _topk_logps(
     hidden: Tensor,  # [N, H]

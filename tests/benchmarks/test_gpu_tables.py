@@ -20,7 +20,7 @@ def test_the_model_predicts_what_a_review_did(backend, predicted):
     """
     gpu = cost_model.GPUS["H100"]
     assert cost_model.three_products(gpu, 8192, 4096, 128_256) * 1e3 == pytest.approx(33.4, abs=0.05)
-    time = cost_model.step(gpu, backend, "retain", 8192, 4096, 128_256, 64, (cost_model.TALL,))
+    time = cost_model.step(gpu, backend, "retain", 8192, 4096, 128_256, 64)
     assert time * 1e3 == pytest.approx(predicted, abs=1.3)
 
 

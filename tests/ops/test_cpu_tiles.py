@@ -9,6 +9,7 @@ from tests.ops import contract
 from tests.ops.contract import Subject
 from tests.support import cpu_tiles
 from tests.support.dense import Standard, assert_as_good_as_dense, random_problem, values_and_grads
+from tests.support.threads import assert_close, on_threads
 
 SUBJECT = Subject("cpu", (torch.bfloat16,), rows=37, tile=384, options=("plain", "all"), examples=15)
 
@@ -57,13 +58,5 @@ def test_uneven_sweeps():
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-    p, before, results = random_problem(rows=103, vocab=900, width=70).to(torch.bfloat16), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(values_and_grads(p, "cpu", 100_000))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+    p = random_problem(rows=103, vocab=900, width=70).to(torch.bfloat16)
+    assert_close(on_threads((1, 2, 5), lambda: values_and_grads(p, "cpu", 100_000)))

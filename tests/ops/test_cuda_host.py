@@ -11,12 +11,12 @@ from torch.library import opcheck
 from benchmarks.gpu_suite import row_passes
 from dadpo_kernels.ops import autograd
 from dadpo_kernels.ops.backends.registry import BACKENDS, Backend
-from dadpo_kernels.ops.operator import FUNCTIONS
 from dadpo_kernels.ops.run import Run
 from tests.ops import contract
 from tests.ops.contract import Subject, budgets, operator_arguments
 from tests.support import cuda_host
 from tests.support.dense import IGNORE
+from tests.support.extension import load
 from tests.support.waiting import METHODS, WAITING, Operations, assert_no_waiting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +27,7 @@ SUBJECT = Subject(
 
 @pytest.fixture(scope="session")
 def host():
-    return cuda_host.load(cuda_host.plain())
+    return load(cuda_host.plain())
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +91,11 @@ def test_how_many_operations_a_step_takes(retain, masked):
         labels[3] = IGNORE
     with torch.no_grad():
         with Operations() as forward:
-            out = FUNCTIONS["selected_logps"](*arguments)
+            out = autograd._selected_logps(*arguments)
         grads = [torch.randn_like(o) for o in out[:3]]
         options = (scale, softcap, temperature, backend, tolerance, [True, True, False])
         with Operations() as backward:
-            FUNCTIONS["selected_logps_backward"](*grads, hidden, weight, None, *out, *options)
+            autograd._selected_logps_backward(*grads, hidden, weight, None, *out, *options)
     products = ("mm", "addmm")
     assert [name for name, _ in forward.calls if name in products] == ["mm"]
     assert len([name for name, _ in backward.calls if name in products]) == (2 if retain else 3)

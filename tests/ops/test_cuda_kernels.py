@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support import cuda_host
+from tests.support.extension import load
 from tests.support.far import far, linux
 
 ROWS, FIRST = 3, 1000
@@ -20,7 +21,7 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def host():
-    return cuda_host.load(cuda_host.plain())
+    return load(cuda_host.plain())
 
 
 def place(values: torch.Tensor, offset: int, stride: int, guard: float = 12345.0) -> torch.Tensor:

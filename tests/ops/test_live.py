@@ -16,6 +16,7 @@ from dadpo_kernels.ops.live.plan import LIVE_TILE, live_buffer_bytes, make_live_
 from tests.ops import contract
 from tests.ops.contract import Subject, operator_arguments
 from tests.support.dense import IGNORE, Problem, Standard, finite, random_problem, values_and_grads
+from tests.support.threads import assert_close, on_threads
 
 BACKENDS = ["torch", "cpu"]
 OPTIONS = ("plain", "bias", "softcap", "all")
@@ -297,17 +298,9 @@ def test_budget_changes_the_cost_only():
 @pytest.mark.parametrize("tolerance", [1e-12, 1e-2])
 def test_threads_do_not_change_the_result(tolerance):
     """Not a bit where all columns are live; the ghosts' products are PyTorch's."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(live(zipf_problem(rows=120), "cpu", tolerance)[0])
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads((1, 2, 3, 7), lambda: live(zipf_problem(rows=120), "cpu", tolerance)[0])
     exact = tolerance < 1e-3
-    for other in results[1:]:
-        for name, value in results[0].items():
-            torch.testing.assert_close(value, other[name], rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+    assert_close(results, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
 
 
 @pytest.mark.skipif(_cpu is None, reason="the extension is not built")

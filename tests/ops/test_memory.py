@@ -147,7 +147,7 @@ def test_the_estimate_is_what_an_h100_took():
     rows = results["stages"]["table"]["rows"]
     heads = {row["shape"]: (row["vocab"], row["width"]) for row in rows if "width" in row}
     steps = [row for row in rows if "peak_bytes_above_gradients" in row]
-    assert len(steps) == 66
+    assert any(row["masked"] for row in steps)
     for row in steps:
         (vocab, width), tokens = heads[row["shape"]], TOKENS * (1 + row["masked"])
         backend, plan = row["name"].removeprefix("dadpo-kernels ").split(", ")

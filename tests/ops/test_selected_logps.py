@@ -8,12 +8,13 @@ import torch
 from torch.library import opcheck
 
 from dadpo_kernels import linear_selected_logps
-from dadpo_kernels.ops import autograd
+from dadpo_kernels.ops import autograd, checks
 from dadpo_kernels.ops.backends import cpu, registry
 from dadpo_kernels.ops.run import Run, plan_for
 from tests.ops import contract
 from tests.ops.contract import Subject, operator_arguments
 from tests.support.dense import Standard, random_problem, values_and_grads
+from tests.support.threads import assert_close, on_threads
 
 BACKENDS = [
     Subject("torch", (torch.float32, torch.bfloat16, torch.float64)),
@@ -36,17 +37,7 @@ class TestRealHiddenStates(contract.RealHiddenStates):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_bits(dtype):
     p = random_problem(rows=300, vocab=3000).to(dtype)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(values_and_grads(p, "cpu", 2_000_000))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            assert torch.equal(value, other[name]), name
+    assert_close(on_threads((1, 2, 3), lambda: values_and_grads(p, "cpu", 2_000_000)))
 
 
 @pytest.mark.skipif(cpu._cpu is None, reason="the extension is not built")
@@ -93,6 +84,17 @@ assert hidden.grad is not None
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_device_takes_the_whole_message(monkeypatch):
+    """PyTorch's assertion on CUDA raises for more than 254 characters: on a first GPU every call failed by that."""
+    messages = []
+    monkeypatch.setattr(torch, "_assert_async", lambda _, message: messages.append(message))
+    checks.check_range("topk_ids", torch.empty(3, 5, dtype=torch.int64, device="meta"), 10**7)
+    checks.require(torch.ones(1, dtype=torch.bool, device="meta"), torch.ones(1), "name", "x" * 999)
+    uncut, cut = messages
+    assert uncut.endswith("student's family")
+    assert len(uncut) <= len(cut) == 254
 
 
 def test_extension_is_built():

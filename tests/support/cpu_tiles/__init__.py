@@ -1,6 +1,5 @@
 """The CPU kernels with AMX's registers in software: `load` compiles them, as the instruction set `generic`."""
 
-import importlib.util
 import subprocess
 import sysconfig
 import tempfile
@@ -9,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+
+from tests.support import extension
 
 HERE = Path(__file__).parent
 CPU = HERE.parents[2] / "csrc" / "cpu"
@@ -23,9 +24,4 @@ def load() -> ModuleType:
     include = [f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sources = [str(CPU / name) for name in ("passes.cpp", "module.cpp")]
     subprocess.run(["g++", "-shared", *FLAGS, *DEFINED, *include, *sources, "-o", str(path), "-ldl"], check=True)
-    spec = importlib.util.spec_from_file_location("cpu_tiles._cpu", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return extension.load(path)

@@ -1,13 +1,11 @@
 """The CUDA kernels' own source, compiled by g++ and run on the host: `build` makes the module, `HostTiles` runs it."""
 
-import importlib.util
 import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pybind11
 
@@ -57,15 +55,6 @@ def build(directory: Path, variant: str = "plain", cuda: Path = CUDA, ready: Seq
 def plain() -> Path:
     """The module for ordinary tests, built once; the sanitized ones share its object of the binding."""
     return build(Path(tempfile.mkdtemp(prefix="cuda_host_")))
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_host._cuda", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class HostTiles(CudaTiles):

@@ -10,8 +10,9 @@ import torch
 
 from dadpo_kernels import linear_topk_logps
 from dadpo_kernels.ops.backends.registry import BACKENDS, Backend
-from tests.support.cuda_host import HostTiles, load
+from tests.support.cuda_host import HostTiles
 from tests.support.dense import IGNORE, assert_as_good_as_dense, random_problem
+from tests.support.extension import load
 
 
 def main(path: str) -> None:
